@@ -1,0 +1,39 @@
+//! Constants of a session, written into the object's read-only data before it is loaded.
+//!
+//! The verifier knows them, so what a session does not use costs nothing.
+
+use crate::pod;
+
+/// Name of the read-only global that holds the [`Config`].
+pub const CONFIG_SYMBOL: &str = "CONFIG";
+
+/// What the programs need to know of the running kernel and of the session.
+///
+/// Offsets are in bytes, from the kernel's BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Blocks smaller than this many bytes are not recorded.
+    pub min_size_bytes: u64,
+    /// Blocks larger than this many bytes are not recorded.
+    pub max_size_bytes: u64,
+    /// `task_struct.tgid`.
+    pub task_tgid: u32,
+    /// `task_struct.exit_code`.
+    pub task_exit_code: u32,
+    /// `task_struct.signal`.
+    pub task_signal: u32,
+    /// `signal_struct.live`: threads of the process that have not exited.
+    pub signal_live: u32,
+    /// `task_struct.mm`.
+    pub task_mm: u32,
+    /// `mm_struct.uprobes_state.xol_area`.
+    pub mm_xol_area: u32,
+    /// `xol_area.vaddr`: where the kernel mapped the return trampoline.
+    pub xol_area_vaddr: u32,
+    /// Sites that fit in the table; ids at or beyond it do not exist.
+    pub max_sites: u32,
+}
+
+const _: () = assert!(size_of::<Config>() == 48);
+pod!(Config);

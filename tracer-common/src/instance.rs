@@ -1,0 +1,48 @@
+//! Process instances: one address space from its creation to its end.
+
+use crate::pod;
+
+/// Instances that one session can have, ended ones included.
+pub const MAX_INSTANCES: u32 = 16384;
+
+/// The instance records: every probe of it stands.
+pub const ARMED: u32 = 1;
+/// The process is stopped at every `exec`, and at the dynamic loader's report that it has mapped
+/// all libraries, until the user side has probed what is there. Only for children of `unfreed run`.
+pub const HELD: u32 = 2;
+
+/// Which instance a process works in; the value of the map keyed by tgid.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// The instance's number.
+    pub instance: u32,
+    /// Not 0 for a child that shares its parent's memory until it calls `exec` (vfork).
+    pub borrowed: u32,
+}
+
+const _: () = assert!(size_of::<Membership>() == 8);
+pod!(Membership);
+
+/// State of an instance.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Instance {
+    /// When the instance was armed, `CLOCK_MONOTONIC` in nanoseconds; birth slices count from it.
+    pub armed_at_ns: u64,
+    /// Where the kernel mapped the return trampoline, 0 until it was needed.
+    pub trampoline: u64,
+    /// Frees of blocks that the ledger never had, usually older than the session.
+    pub untracked_frees: u64,
+    /// [`ARMED`] and [`HELD`].
+    pub flags: u32,
+    /// Site that takes the blocks of stacks that found no place in the site table.
+    pub overflow_site: u32,
+    /// Times that the process was stopped for the user side and not yet let go.
+    pub stops: u32,
+    /// Children forked that are not traced.
+    pub forks: u32,
+}
+
+const _: () = assert!(size_of::<Instance>() == 40);
+pod!(Instance);

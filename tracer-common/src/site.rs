@@ -1,0 +1,53 @@
+//! Allocation sites: a call stack within a process instance, and its counters.
+
+use crate::{
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS},
+    pod,
+};
+
+/// A site's key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SiteKey {
+    /// Hash of the stack's return addresses; 0 for the instance's overflow site.
+    pub stack_hash: u64,
+    /// The process instance.
+    pub instance: u64,
+}
+
+const _: () = assert!(size_of::<SiteKey>() == 16);
+pod!(SiteKey);
+
+/// Counters of a site. All but `births` only grow; the BPF side adds to them atomically and the
+/// user side reads them through a memory mapping, so a reading is of each counter, not of all at
+/// one instant, while the process runs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// Blocks allocated.
+    pub allocs: u64,
+    /// Bytes allocated.
+    pub alloc_bytes: u64,
+    /// Blocks freed.
+    pub frees: u64,
+    /// Bytes freed.
+    pub freed_bytes: u64,
+    /// The stack's hash.
+    pub stack_hash: u64,
+    /// The process instance.
+    pub instance: u32,
+    /// Not 0 once the stack's frames are with the user side.
+    pub stack_sent: u32,
+    /// Blocks whose free was not seen: their address was allocated again.
+    pub missed_frees: u64,
+    /// Freed blocks by lifetime, see [`crate::histogram::lifetime_slot`].
+    pub lifetimes: [u64; LIFETIME_SLOTS],
+    /// Live blocks by birth, see [`crate::histogram::birth_slice`].
+    pub births: [u32; BIRTH_SLICES],
+}
+
+const _: () = {
+    assert!(size_of::<Site>() == 56 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
+    assert!(size_of::<Site>().is_multiple_of(8));
+};
+pod!(Site);

@@ -1,0 +1,76 @@
+//! Reading user memory, and kernel structures by the offsets in [`crate::maps::CONFIG`].
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_user,
+};
+
+use crate::maps::CONFIG;
+
+/// Reads a value from the current process's memory.
+#[inline(always)]
+pub(crate) fn read_user<T: Copy + Default>(address: u64) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: the destination is a local of the size given; the helper checks the source.
+    let result = unsafe {
+        bpf_probe_read_user(
+            (&raw mut value).cast::<c_void>(),
+            size_of::<T>() as u32,
+            address as *const c_void,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
+#[inline(always)]
+fn read_kernel<T: Copy + Default>(address: u64) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: as above.
+    let result = unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut value).cast::<c_void>(),
+            size_of::<T>() as u32,
+            address as *const c_void,
+        )
+    };
+    (result == 0).then_some(value)
+}
+
+/// Address of the current thread's `task_struct`.
+#[inline(always)]
+pub(crate) fn current_task() -> u64 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_current_task() }
+}
+
+/// The process of a task.
+#[inline(always)]
+pub(crate) fn tgid_of(task: u64) -> Option<u32> {
+    read_kernel(task + u64::from(CONFIG.load().task_tgid))
+}
+
+/// Wait status that a task ends with.
+#[inline(always)]
+pub(crate) fn exit_code_of(task: u64) -> u32 {
+    read_kernel(task + u64::from(CONFIG.load().task_exit_code)).unwrap_or(0)
+}
+
+/// Threads of the task's process that have not begun to exit.
+#[inline(always)]
+pub(crate) fn live_threads_of(task: u64) -> Option<u32> {
+    let config = CONFIG.load();
+    let signal: u64 = read_kernel(task + u64::from(config.task_signal))?;
+    read_kernel(signal + u64::from(config.signal_live))
+}
+
+/// Where the kernel mapped the return trampoline of the current process: what it puts in place of
+/// the return address of a return-probed call.
+#[inline(always)]
+pub(crate) fn trampoline() -> Option<u64> {
+    let config = CONFIG.load();
+    let mm: u64 = read_kernel(current_task() + u64::from(config.task_mm))?;
+    let area: u64 = read_kernel(mm + u64::from(config.mm_xol_area))?;
+    let address: u64 = read_kernel(area + u64::from(config.xol_area_vaddr))?;
+    (address != 0).then_some(address)
+}

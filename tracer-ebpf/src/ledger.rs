@@ -1,0 +1,252 @@
+//! The books: live blocks, and what every site allocated and freed.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::{BPF_NOEXIST, pt_regs},
+    helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_ringbuf_output},
+};
+use tracer_common::{
+    event::{EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES},
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
+    instance::Instance,
+    ledger::{Block, BlockKey},
+    missed::Missed,
+    site::{Site, SiteKey},
+};
+
+use crate::{
+    atomic::{add_u32, add_u64},
+    maps::{CONFIG, EVENTS, LEDGER, SITE_COUNT, SITE_IDS, SITES, ScratchEvent},
+    missed,
+    stack::Stack,
+};
+
+const EEXIST: i32 = -17;
+const E2BIG: i32 = -7;
+const ENOMEM: i32 = -12;
+
+/// A value that the compiler knows nothing about, so that it keeps a bounds check after it, which
+/// the verifier needs.
+#[inline(always)]
+fn opaque(value: usize) -> usize {
+    // SAFETY: a local.
+    unsafe { (&raw const value).read_volatile() }
+}
+
+#[inline(always)]
+fn key(instance: u32, address: u64) -> BlockKey {
+    BlockKey { address, instance: u64::from(instance) }
+}
+
+/// Takes a block out of the ledger, if it is there. The counters stay as they are: a failed
+/// `realloc` puts the block back.
+#[inline(always)]
+pub(crate) fn take(instance: u32, address: u64) -> Option<Block> {
+    let key = key(instance, address);
+    // SAFETY: copied before the element can be reused; that it was this block is what the removal
+    // says, as an address has one owner at a time.
+    let block = unsafe { *LEDGER.get_ptr(key)? };
+    LEDGER.remove(key).is_ok().then_some(block)
+}
+
+/// Puts a block back that [`take`] gave.
+#[inline(always)]
+pub(crate) fn put_back(instance: u32, address: u64, block: &Block) {
+    if LEDGER.insert(key(instance, address), block, u64::from(BPF_NOEXIST)).is_err() {
+        missed::count(Missed::MapErrors);
+    }
+}
+
+/// Books the end of a block that [`take`] gave.
+#[inline(always)]
+pub(crate) fn count_free(state: &Instance, block: &Block) {
+    let Some(site) = SITES.get_ptr_mut(block.site) else { return };
+    // SAFETY: no argument, and field addresses of a live map element.
+    unsafe {
+        let lifetime_ns = bpf_ktime_get_ns().wrapping_sub(block.birth_ns);
+        let slot = opaque(lifetime_slot(lifetime_ns));
+        if slot < LIFETIME_SLOTS {
+            add_u64(&raw mut (*site).lifetimes[slot], 1);
+        }
+        end_of_life(state, site, block);
+    }
+}
+
+/// # Safety
+///
+/// `site` is a live map element.
+#[inline(always)]
+unsafe fn end_of_life(state: &Instance, site: *mut Site, block: &Block) {
+    // SAFETY: field addresses of a live map element.
+    unsafe {
+        add_u64(&raw mut (*site).frees, 1);
+        add_u64(&raw mut (*site).freed_bytes, block.size_bytes);
+        if let Some(births) = births_of(state, site, block.birth_ns) {
+            add_u32(births, u32::MAX);
+        }
+    }
+}
+
+/// # Safety
+///
+/// `site` is a live map element.
+#[inline(always)]
+unsafe fn births_of(state: &Instance, site: *mut Site, birth_ns: u64) -> Option<*mut u32> {
+    let slice = opaque(birth_slice(birth_ns.wrapping_sub(state.armed_at_ns)));
+    if slice >= BIRTH_SLICES {
+        return None;
+    }
+    // SAFETY: as the caller promises, and the index was checked.
+    unsafe { Some(&raw mut (*site).births[slice]) }
+}
+
+/// Books a new block: finds out who allocated it and records it.
+#[inline(always)]
+pub(crate) fn record(
+    regs: *const pt_regs,
+    state: &Instance,
+    instance: u32,
+    address: u64,
+    size_bytes: u64,
+) {
+    let site_id = site_of(regs, state, instance);
+    let Some(site) = SITES.get_ptr_mut(site_id) else {
+        missed::count(Missed::MapErrors);
+        return;
+    };
+    // SAFETY: no argument.
+    let birth_ns = unsafe { bpf_ktime_get_ns() };
+    let block = Block { size_bytes, birth_ns, site: site_id, weight: 1 };
+    let key = key(instance, address);
+    match LEDGER.insert(key, block, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {}
+        Err(EEXIST) => replace(state, site, key, &block),
+        Err(E2BIG | ENOMEM) => {
+            missed::count(Missed::LedgerFull);
+            return;
+        }
+        Err(_) => {
+            missed::count(Missed::MapErrors);
+            return;
+        }
+    }
+    // SAFETY: field addresses of a live map element.
+    unsafe {
+        add_u64(&raw mut (*site).allocs, 1);
+        add_u64(&raw mut (*site).alloc_bytes, size_bytes);
+        if let Some(births) = births_of(state, site, birth_ns) {
+            add_u32(births, 1);
+        }
+    }
+}
+
+/// The lie detector: the allocator handed out an address that the ledger believes to be live, so a
+/// free was not seen. The old block is booked as freed, without a lifetime, and both sites are
+/// marked.
+#[inline(always)]
+fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
+    missed::count(Missed::MissedFrees);
+    // SAFETY: field address of a live map element.
+    unsafe { add_u64(&raw mut (*site).missed_frees, 1) };
+    if let Some(old) = LEDGER.get_ptr(key) {
+        // SAFETY: copied at once; see `take`.
+        let old = unsafe { *old };
+        if let Some(old_site) = SITES.get_ptr_mut(old.site) {
+            // SAFETY: live map element.
+            unsafe {
+                add_u64(&raw mut (*old_site).missed_frees, 1);
+                end_of_life(state, old_site, &old);
+            }
+        }
+    }
+    if LEDGER.insert(key, block, 0).is_err() {
+        missed::count(Missed::MapErrors);
+    }
+}
+
+/// Id of the site that the thread is at.
+#[inline(always)]
+fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
+    let Some(stack) = Stack::capture(regs) else {
+        missed::count(Missed::ScratchBusy);
+        return state.overflow_site;
+    };
+    let key = SiteKey { stack_hash: stack.hash(), instance: u64::from(instance) };
+    let id = match SITE_IDS.get_ptr(key) {
+        // SAFETY: a live map element that is never changed.
+        Some(id) => Some(unsafe { *id }),
+        None => new_site(key),
+    };
+    let Some(id) = id else {
+        missed::count(Missed::SitesFull);
+        stack.release();
+        return state.overflow_site;
+    };
+    if let Some(site) = SITES.get_ptr_mut(id) {
+        // SAFETY: field of a live map element; if two processors send the stack, the user side
+        // takes the first.
+        if unsafe { (*site).stack_sent } == 0 {
+            if send(&stack, instance, id) {
+                // SAFETY: as above.
+                unsafe { (*site).stack_sent = 1 };
+            } else {
+                missed::count(Missed::StacksDelayed);
+            }
+        }
+    }
+    stack.release();
+    id
+}
+
+/// Gives a new stack its site. Two processors that see the same stack first agree on the one that
+/// got into the map; the other's id stays unused.
+#[inline(always)]
+fn new_site(key: SiteKey) -> Option<u32> {
+    let count = SITE_COUNT.get_ptr_mut(0)?;
+    let max_sites = CONFIG.load().max_sites;
+    // Looked at first, so that a full table does not make the counter wrap.
+    // SAFETY: an aligned live map element.
+    if unsafe { count.read_volatile() } >= max_sites {
+        return None;
+    }
+    // SAFETY: as above.
+    let id = unsafe { add_u32(count, 1) };
+    if id >= max_sites {
+        return None;
+    }
+    let site = SITES.get_ptr_mut(id)?;
+    // SAFETY: nobody else has this id yet.
+    unsafe {
+        (*site).stack_hash = key.stack_hash;
+        (*site).instance = key.instance as u32;
+    }
+    match SITE_IDS.insert(key, id, u64::from(BPF_NOEXIST)) {
+        Ok(()) => Some(id),
+        // SAFETY: a live map element that is never changed.
+        Err(EEXIST) => SITE_IDS.get_ptr(key).map(|id| unsafe { *id }),
+        Err(_) => None,
+    }
+}
+
+/// Hands a new site's frames to the user side. False if the ring buffer is full.
+#[inline(always)]
+fn send(stack: &Stack, instance: u32, site: u32) -> bool {
+    let scratch = stack.scratch();
+    // SAFETY: the buffer is claimed by this walk; the length is bounded by the buffer's.
+    unsafe {
+        (*scratch).event.kind = EventKind::Stack as u32;
+        (*scratch).event.tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+        (*scratch).event.instance = instance;
+        (*scratch).event.site = site;
+        (*scratch).event.hash = stack.hash();
+        let depth = (*scratch).event.depth as usize;
+        let depth = if depth > MAX_FRAMES { MAX_FRAMES } else { depth };
+        bpf_ringbuf_output(
+            (&raw const EVENTS).cast_mut().cast::<c_void>(),
+            (&raw mut (*scratch).event).cast::<ScratchEvent>().cast::<c_void>(),
+            (STACK_EVENT_PREFIX_BYTES + depth * 8) as u64,
+            0,
+        ) == 0
+    }
+}

@@ -1,0 +1,96 @@
+//! The allocator call that a thread is in, from its entry to its return.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use tracer_common::{instance::Instance, ledger::Block, missed::Missed};
+
+use crate::{
+    kernel,
+    maps::{INSTANCES, PENDING},
+    missed,
+};
+
+/// What is known at a call's entry and needed at its return.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Pending {
+    /// Address of the return address on the stack; 0 while the thread is in no call.
+    pub(crate) return_slot: u64,
+    /// The attach cookie.
+    pub(crate) cookie: u64,
+    /// Bytes asked for.
+    pub(crate) size_bytes: u64,
+    /// Where the result goes, for functions with an out-pointer.
+    pub(crate) out_pointer: u64,
+    /// The block that `realloc` was given, 0 for none.
+    pub(crate) old_address: u64,
+    /// What the ledger had for it; meaningful while `old_taken`.
+    pub(crate) old: Block,
+    /// Not 0 if the ledger had it.
+    pub(crate) old_taken: u32,
+    /// Instance that the call was made in.
+    pub(crate) instance: u32,
+}
+
+/// A nested call lies at most this far below the call that it is nested in.
+///
+/// A coroutine's stack cannot be told from the thread's by its address, and an abandoned call's
+/// return slot on a stack that was left can stay as it was. Allocators call each other within a
+/// few kilobytes of stack; coroutine stacks are larger than this.
+pub(crate) const MAX_NESTING_BYTES: u64 = 32 << 10;
+
+/// The current thread's entry, made at its first call.
+#[inline(always)]
+pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
+    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid) {
+        return Some(pending);
+    }
+    let idle = Pending {
+        return_slot: 0,
+        cookie: 0,
+        size_bytes: 0,
+        out_pointer: 0,
+        old_address: 0,
+        old: Block { size_bytes: 0, birth_ns: 0, site: 0, weight: 0 },
+        old_taken: 0,
+        instance: 0,
+    };
+    let _ = PENDING.insert(pid_tgid, idle, u64::from(BPF_NOEXIST));
+    let pending = PENDING.get_ptr_mut(pid_tgid);
+    if pending.is_none() {
+        missed::count(Missed::PendingFull);
+    }
+    pending
+}
+
+/// Whether a call entered with this stack pointer happens inside the pending call.
+///
+/// It does if it lies on the same stack at or below the pending call (at, for a tail call) *and*
+/// the pending call's return slot still holds the trampoline. Otherwise the pending call was
+/// abandoned: nothing will ever return to it.
+#[inline(always)]
+pub(crate) fn is_nested(pending: &Pending, stack_pointer: u64) -> bool {
+    if stack_pointer > pending.return_slot
+        || pending.return_slot - stack_pointer > MAX_NESTING_BYTES
+    {
+        return false;
+    }
+    let Some(instance) = INSTANCES.get_ptr_mut(pending.instance) else { return true };
+    let Some(trampoline) = trampoline_of(instance) else {
+        missed::count(Missed::TrampolineUnknown);
+        return true;
+    };
+    kernel::read_user::<u64>(pending.return_slot) == Some(trampoline)
+}
+
+#[inline(always)]
+fn trampoline_of(instance: *mut Instance) -> Option<u64> {
+    // SAFETY: an element of a map array; the field is written with the same value by everyone.
+    let known = unsafe { (*instance).trampoline };
+    if known != 0 {
+        return Some(known);
+    }
+    let trampoline = kernel::trampoline()?;
+    // SAFETY: as above.
+    unsafe { (*instance).trampoline = trampoline };
+    Some(trampoline)
+}

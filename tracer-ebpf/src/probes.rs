@@ -1,0 +1,230 @@
+//! The programs on allocator functions: one pair for all that allocate, one for all that free.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::pt_regs,
+    helpers::generated::{bpf_get_attach_cookie, bpf_get_current_pid_tgid},
+    macros::{uprobe, uretprobe},
+    programs::{ProbeContext, RetProbeContext},
+};
+use aya_log_ebpf::debug;
+use tracer_common::{
+    alloc_spec::{Cookie, NO_REGISTER},
+    instance::{ARMED, Instance},
+    missed::Missed,
+};
+
+use crate::{
+    atomic::add_u64,
+    kernel, ledger,
+    maps::{CONFIG, INSTANCES, PENDING, PROCESSES},
+    missed,
+    pending::{self, Pending},
+    registers::Registers,
+};
+
+/// The current process's instance, if it records.
+#[inline(always)]
+fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
+    let membership = PROCESSES.get_ptr((pid_tgid >> 32) as u32)?;
+    // SAFETY: a live map element.
+    let instance = unsafe { (*membership).instance };
+    let state = INSTANCES.get_ptr_mut(instance)?;
+    // SAFETY: a live map element.
+    (unsafe { (*state).flags } & ARMED != 0).then_some((instance, state))
+}
+
+#[inline(always)]
+fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
+    // SAFETY: the program's own context.
+    Cookie(unsafe { bpf_get_attach_cookie(ctx) })
+}
+
+#[inline(always)]
+fn pid_tgid() -> u64 {
+    // SAFETY: no argument.
+    unsafe { bpf_get_current_pid_tgid() }
+}
+
+/// Entry of a function that allocates, at its probe point.
+#[uprobe]
+pub(crate) fn alloc_enter(ctx: ProbeContext) -> u32 {
+    enter(&ctx);
+    0
+}
+
+#[inline(always)]
+fn enter(ctx: &ProbeContext) -> Option<()> {
+    let pid_tgid = pid_tgid();
+    let (instance, _) = armed_instance(pid_tgid)?;
+    let regs: *const pt_regs = ctx.regs;
+    // SAFETY: the program's own context.
+    let stack_pointer = unsafe { (*regs).rsp };
+    // SAFETY: a live map element that only this thread uses.
+    let pending = unsafe { &mut *pending::of_thread(pid_tgid)? };
+    if pending.return_slot != 0 {
+        if pending::is_nested(pending, stack_pointer) {
+            return None;
+        }
+        missed::count(Missed::AbandonedCalls);
+        debug!(ctx, "call at {:x} abandoned", pending.return_slot);
+        abandon(pending);
+    }
+
+    let cookie = cookie(ctx.as_ptr());
+    let registers = Registers::of(regs);
+    let size = registers.get(cookie.size());
+    let size_bytes = if cookie.count() == NO_REGISTER {
+        size
+    } else {
+        // An overflowing product makes every allocator fail; the value is then never used.
+        size.wrapping_mul(registers.get(cookie.count()))
+    };
+    pending.cookie = cookie.0;
+    pending.size_bytes = size_bytes;
+    pending.out_pointer = registers.get(cookie.out_pointer());
+    pending.instance = instance;
+    pending.old_address = registers.get(cookie.pointer());
+    pending.old_taken = 0;
+    // The address may be handed out again the moment that the allocator has it.
+    if pending.old_address != 0
+        && let Some(block) = ledger::take(instance, pending.old_address)
+    {
+        pending.old = block;
+        pending.old_taken = 1;
+    }
+    pending.return_slot = stack_pointer;
+    Some(())
+}
+
+/// What an abandoned `realloc` had taken is put back: nobody said that it was freed.
+#[inline(always)]
+fn abandon(pending: &mut Pending) {
+    if pending.old_taken != 0 {
+        ledger::put_back(pending.instance, pending.old_address, &pending.old);
+    }
+    pending.return_slot = 0;
+}
+
+/// Return of a function that allocates.
+#[uretprobe]
+pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
+    exit(&ctx);
+    0
+}
+
+#[inline(always)]
+fn exit(ctx: &RetProbeContext) -> Option<()> {
+    let pid_tgid = pid_tgid();
+    let pending = PENDING.get_ptr_mut(pid_tgid)?;
+    // SAFETY: a live map element that only this thread uses.
+    let pending = unsafe { &mut *pending };
+    if pending.return_slot == 0 {
+        return None;
+    }
+    let regs: *const pt_regs = ctx.regs;
+    // SAFETY: the program's own context.
+    let (stack_pointer, result) = unsafe { ((*regs).rsp, (*regs).rax) };
+    // `ret` has taken the return address.
+    let return_slot = stack_pointer.wrapping_sub(8);
+    if return_slot != pending.return_slot {
+        if return_slot > pending.return_slot
+            && return_slot - pending.return_slot < pending::MAX_NESTING_BYTES
+        {
+            // A call outside the pending one returns: the pending one was abandoned.
+            missed::count(Missed::AbandonedCalls);
+            abandon(pending);
+        }
+        // Else a nested call returns, which is its caller's affair.
+        return None;
+    }
+
+    let Some((instance, state)) = armed_instance(pid_tgid) else {
+        // Disarmed meanwhile: the books stay as they were at that moment.
+        abandon(pending);
+        return None;
+    };
+    pending.return_slot = 0;
+    // SAFETY: a live map element.
+    let state = unsafe { &*state };
+    let cookie = Cookie(pending.cookie);
+    let address = if !cookie.returns_through_out_pointer() {
+        result
+    } else if result as u32 == 0 {
+        match kernel::read_user::<u64>(pending.out_pointer) {
+            Some(address) => address,
+            None => {
+                missed::count(Missed::UnreadableResult);
+                0
+            }
+        }
+    } else {
+        0
+    };
+
+    let old_address = pending.old_address;
+    if address == 0 && (old_address == 0 || pending.size_bytes != 0) {
+        // Failed: what was given up is still the caller's.
+        if pending.old_taken != 0 {
+            ledger::put_back(instance, old_address, &pending.old);
+        }
+        return None;
+    }
+    if pending.old_taken != 0 {
+        ledger::count_free(state, &pending.old);
+    } else if old_address != 0 {
+        untracked_free(state);
+    }
+    let config = CONFIG.load();
+    if address != 0
+        && pending.size_bytes >= config.min_size_bytes
+        && pending.size_bytes <= config.max_size_bytes
+    {
+        ledger::record(regs, state, instance, address, pending.size_bytes);
+    }
+    Some(())
+}
+
+/// Entry of a function that frees, at its probe point.
+#[uprobe]
+pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
+    free(&ctx);
+    0
+}
+
+#[inline(always)]
+fn free(ctx: &ProbeContext) -> Option<()> {
+    let pid_tgid = pid_tgid();
+    let (instance, state) = armed_instance(pid_tgid)?;
+    let address = Registers::of(ctx.regs).get(cookie(ctx.as_ptr()).pointer());
+    if address == 0 {
+        return None;
+    }
+    // SAFETY: a live map element.
+    let state = unsafe { &*state };
+    match ledger::take(instance, address) {
+        Some(block) => ledger::count_free(state, &block),
+        // Inside an allocator's call it is the allocator's own business (`realloc` frees the old
+        // block, which was taken out at its entry).
+        None if is_inside_call(pid_tgid, ctx) => {}
+        None => untracked_free(state),
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn is_inside_call(pid_tgid: u64, ctx: &ProbeContext) -> bool {
+    let Some(pending) = PENDING.get_ptr(pid_tgid) else { return false };
+    // SAFETY: a live map element that only this thread uses, and the program's own context.
+    unsafe {
+        (*pending).return_slot != 0 && pending::is_nested(&*pending, (*ctx.regs).rsp)
+    }
+}
+
+/// A free of a block that the ledger never had.
+#[inline(always)]
+fn untracked_free(state: &Instance) {
+    let counter = (&raw const state.untracked_frees).cast_mut();
+    // SAFETY: an aligned field of a live map element.
+    unsafe { add_u64(counter, 1) };
+}

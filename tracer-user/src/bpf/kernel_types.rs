@@ -1,0 +1,101 @@
+//! Where the running kernel keeps the fields that the BPF programs read, from its BTF.
+
+use std::path::Path;
+
+use anyhow::{Context as _, anyhow, bail};
+use btf_rs::{Btf, Type};
+use tracer_common::config::Config;
+
+/// The running kernel's BTF.
+pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Fills in the offsets of a [`Config`].
+///
+/// Fails if the kernel has no BTF or lacks a field: then it cannot be traced, and the message says
+/// what is missing.
+pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
+    if !Path::new(VMLINUX_BTF).exists() {
+        bail!(
+            "this kernel has no BTF ({VMLINUX_BTF}): unfreed needs Linux 5.17 or later built with \
+             CONFIG_DEBUG_INFO_BTF"
+        );
+    }
+    let btf = Btf::from_file(VMLINUX_BTF).context("failed to read the kernel's BTF")?;
+    config.task_tgid = offset(&btf, "task_struct", &["tgid"])?;
+    config.task_exit_code = offset(&btf, "task_struct", &["exit_code"])?;
+    config.task_signal = offset(&btf, "task_struct", &["signal"])?;
+    config.signal_live = offset(&btf, "signal_struct", &["live"])?;
+    config.task_mm = offset(&btf, "task_struct", &["mm"])?;
+    config.mm_xol_area = offset(&btf, "mm_struct", &["uprobes_state", "xol_area"])?;
+    config.xol_area_vaddr = offset(&btf, "xol_area", &["vaddr"])?;
+    Ok(())
+}
+
+/// Byte offset of a field, through structures contained in each other, named or not.
+fn offset(btf: &Btf, structure: &str, path: &[&str]) -> anyhow::Result<u32> {
+    let lacks = || anyhow!("this kernel's BTF has no {structure}.{}", path.join("."));
+    let mut current = btf
+        .resolve_types_by_name(structure)
+        .map_err(|error| anyhow!("this kernel's BTF has no {structure}: {error}"))?
+        .into_iter()
+        .find(|found| matches!(found, Type::Struct(_)))
+        .ok_or_else(lacks)?;
+    let mut bits = 0;
+    for field in path {
+        let (at, inner) = member(btf, &current, field).ok_or_else(lacks)?;
+        bits += at;
+        current = inner;
+    }
+    Ok(bits / 8)
+}
+
+/// Bit offset and type of a member; members of unnamed structures and unions count as its own.
+fn member(btf: &Btf, of: &Type, name: &str) -> Option<(u32, Type)> {
+    let (Type::Struct(structure) | Type::Union(structure)) = of else { return None };
+    for member in &structure.members {
+        let found = btf.resolve_chained_type(member).ok()?;
+        match btf.resolve_name(member) {
+            Ok(member_name) if member_name == name => {
+                return Some((member.bit_offset(), plain(btf, found)));
+            }
+            Ok(member_name) if !member_name.is_empty() => {}
+            _ => {
+                if let Some((at, inner)) = self::member(btf, &plain(btf, found), name) {
+                    return Some((member.bit_offset() + at, inner));
+                }
+            }
+        }
+    }
+    None
+}
+
+/// A type without its typedefs and qualifiers.
+fn plain(btf: &Btf, mut of: Type) -> Type {
+    while let Type::Typedef(_) | Type::Const(_) | Type::Volatile(_) = of {
+        let Some(inner) = of.as_btf_type().and_then(|of| btf.resolve_chained_type(of).ok()) else {
+            break;
+        };
+        of = inner;
+    }
+    of
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_of_the_running_kernel_are_found() {
+        let mut config = Config::default();
+        offsets(&mut config).unwrap();
+        assert!(config.task_tgid > 0 && config.task_mm > 0 && config.mm_xol_area > 0);
+        assert_ne!(config.task_tgid, config.task_exit_code);
+    }
+
+    #[test]
+    fn a_missing_field_is_named() {
+        let btf = Btf::from_file(VMLINUX_BTF).unwrap();
+        let error = offset(&btf, "task_struct", &["no_such_field"]).unwrap_err();
+        assert_eq!(error.to_string(), "this kernel's BTF has no task_struct.no_such_field");
+    }
+}

@@ -1,0 +1,166 @@
+//! Attaching the probe programs to a process's files.
+//!
+//! By `uprobe_multi` links where the kernel has them (one system call for all points of a file,
+//! detached in milliseconds), else by perf links (one a point, about 0.1 s each to detach).
+
+use std::{
+    num::NonZeroU32,
+    os::fd::OwnedFd,
+    path::Path,
+    thread,
+};
+
+use anyhow::{Context as _, anyhow};
+use aya::{
+    Ebpf,
+    programs::{
+        UProbe,
+        uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope},
+    },
+};
+
+use super::uprobe_multi;
+
+/// A program that stands at probe points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProbeProgram {
+    /// At functions that allocate.
+    AllocEnter,
+    /// At their return.
+    AllocExit,
+    /// At functions that free.
+    FreeEnter,
+    /// At the dynamic loader's `_dl_debug_state`.
+    LoaderReport,
+}
+
+impl ProbeProgram {
+    const ALL: [Self; 4] =
+        [Self::AllocEnter, Self::AllocExit, Self::FreeEnter, Self::LoaderReport];
+
+    /// Name in the BPF object.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AllocEnter => "alloc_enter",
+            Self::AllocExit => "alloc_exit",
+            Self::FreeEnter => "free_enter",
+            Self::LoaderReport => "loader_report",
+        }
+    }
+
+    const fn is_return(self) -> bool {
+        matches!(self, Self::AllocExit)
+    }
+}
+
+/// One place in a file, and what the program is told when it is hit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Point {
+    /// Offset of the instruction in the file, in bytes.
+    pub file_offset: u64,
+    /// The attach cookie.
+    pub cookie: u64,
+}
+
+/// An attachment; dropping it takes the probes away.
+#[derive(Debug)]
+pub enum Link {
+    /// All points of one program in one file.
+    Multi(OwnedFd),
+    /// One point.
+    Perf(UProbeLink),
+}
+
+/// Takes probes away, all at once: the kernel waits for running programs link by link, and the
+/// waits overlap.
+pub fn detach(links: Vec<Link>) {
+    thread::scope(|scope| {
+        for link in links {
+            scope.spawn(move || drop(link));
+        }
+    });
+}
+
+/// How this kernel attaches.
+#[derive(Debug)]
+pub enum Attacher {
+    /// By `uprobe_multi` links.
+    Multi(uprobe_multi::Programs),
+    /// By perf links, one a point.
+    Perf,
+}
+
+impl Attacher {
+    /// Finds out what the kernel has, by trying, and loads the programs accordingly.
+    pub fn load(object: &[u8], ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        let maps: Vec<_> = super::tracer::map_descriptors(ebpf);
+        let names = ProbeProgram::ALL.map(ProbeProgram::name);
+        match uprobe_multi::Programs::load(object, &maps, &names) {
+            Ok(programs) if programs.are_usable() => return Ok(Self::Multi(programs)),
+            Ok(_) => log::info!("this kernel has no uprobe_multi links"),
+            Err(error) => log::info!("no uprobe_multi links: {error:#}"),
+        }
+        for name in names {
+            uprobe(ebpf, name)?.load().with_context(|| format!("failed to load program {name}"))?;
+        }
+        Ok(Self::Perf)
+    }
+
+    /// What `doctor` calls it.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Multi(_) => "uprobe_multi",
+            Self::Perf => "perf",
+        }
+    }
+
+    /// Attaches a program at points of a file, for one process.
+    pub fn attach(
+        &self,
+        ebpf: &mut Ebpf,
+        program: ProbeProgram,
+        file: &Path,
+        points: &[Point],
+        pid: NonZeroU32,
+    ) -> anyhow::Result<Vec<Link>> {
+        if points.is_empty() {
+            return Ok(Vec::new());
+        }
+        let context = || {
+            format!("failed to attach {} to {} of PID {pid}", program.name(), file.display())
+        };
+        match self {
+            Self::Multi(programs) => {
+                let points: Vec<_> =
+                    points.iter().map(|point| (point.file_offset, point.cookie)).collect();
+                let link = programs
+                    .attach(program.name(), file, &points, program.is_return(), pid.get())
+                    .with_context(context)?;
+                Ok(vec![Link::Multi(link)])
+            }
+            Self::Perf => {
+                let uprobe = uprobe(ebpf, program.name())?;
+                let mut links = Vec::new();
+                for point in points {
+                    let at = UProbeAttachPoint {
+                        location: UProbeAttachLocation::AbsoluteOffset(point.file_offset),
+                        cookie: Some(point.cookie),
+                    };
+                    let id = uprobe
+                        .attach(at, file, UProbeScope::OneProcess(pid))
+                        .with_context(context)?;
+                    links.push(Link::Perf(uprobe.take_link(id).with_context(context)?));
+                }
+                Ok(links)
+            }
+        }
+    }
+}
+
+fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut UProbe> {
+    let program =
+        ebpf.program_mut(name).ok_or_else(|| anyhow!("the BPF object has no program {name}"))?;
+    Ok(program.try_into()?)
+}

@@ -1,0 +1,129 @@
+//! Maps that the user side reads without a system call an element.
+
+use std::{
+    io,
+    marker::PhantomData,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    ptr::NonNull,
+};
+
+use aya::{Pod, maps::MapData};
+
+use super::sys;
+
+/// An array map (`BPF_F_MMAPABLE`) in our own address space.
+///
+/// The kernel side writes at the same time, so elements are copied field by field, volatile, and
+/// never borrowed.
+#[derive(Debug)]
+pub struct MappedArray<T> {
+    base: NonNull<u8>,
+    length_bytes: usize,
+    elements: usize,
+    _elements: PhantomData<T>,
+}
+
+// SAFETY: the mapping belongs to this value alone and is only read and written volatile.
+unsafe impl<T: Pod + Send> Send for MappedArray<T> {}
+
+impl<T: Pod> MappedArray<T> {
+    /// Maps the first `elements` elements.
+    pub fn new(map: &MapData, elements: usize) -> io::Result<Self> {
+        assert!(size_of::<T>().is_multiple_of(8), "the kernel pads elements to 8 bytes");
+        let length_bytes = (elements * size_of::<T>()).next_multiple_of(page_bytes());
+        // SAFETY: a new shared mapping of the map's memory; the result is checked.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.fd().as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
+        Ok(Self { base, length_bytes, elements, _elements: PhantomData })
+    }
+
+    fn element(&self, index: usize) -> *mut T {
+        assert!(index < self.elements, "element {index} of {}", self.elements);
+        // SAFETY: inside the mapping, which is page-aligned, and `T`'s size a multiple of 8.
+        unsafe { self.base.as_ptr().add(index * size_of::<T>()).cast() }
+    }
+
+    /// Copies an element, eight bytes at a time, so that no counter is read in halves.
+    #[must_use]
+    pub fn read(&self, index: usize) -> T {
+        let from = self.element(index).cast::<u64>();
+        let mut value = std::mem::MaybeUninit::<T>::uninit();
+        let to = value.as_mut_ptr().cast::<u64>();
+        for word in 0..size_of::<T>() / 8 {
+            // SAFETY: both lie within one `T`, which is a whole number of aligned words.
+            unsafe { to.add(word).write(from.add(word).read_volatile()) };
+        }
+        // SAFETY: every byte was written, and any bit pattern is a value (`Pod`).
+        unsafe { value.assume_init() }
+    }
+
+    /// Address of an element, for volatile or atomic access to one field.
+    #[must_use]
+    pub fn pointer(&self, index: usize) -> *mut T {
+        self.element(index)
+    }
+}
+
+impl<T> Drop for MappedArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length_bytes) };
+    }
+}
+
+fn page_bytes() -> usize {
+    // SAFETY: no memory involved.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(bytes).unwrap_or(4096)
+}
+
+/// Calls `visit` for every element of a hash map, some thousand a system call.
+///
+/// While the map changes, elements can be seen twice or not at all.
+pub fn for_each<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    mut visit: impl FnMut(K, V),
+) -> io::Result<()> {
+    const FIRST_BATCH: u32 = 4096;
+    let mut batch = FIRST_BATCH;
+    let mut cursor = None;
+    loop {
+        let mut keys = vec![0u8; batch as usize * size_of::<K>()];
+        let mut values = vec![0u8; batch as usize * size_of::<V>()];
+        let (read, ended) =
+            match sys::map_lookup_batch(map, &mut cursor, &mut keys, &mut values, batch) {
+                Ok(result) => result,
+                // One bucket holds more than the batch.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) && batch < 1 << 24 => {
+                    batch *= 2;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+        for index in 0..read {
+            // SAFETY: the kernel wrote `read` elements of these sizes; any bit pattern is a value.
+            let (key, value) = unsafe {
+                (
+                    keys.as_ptr().add(index * size_of::<K>()).cast::<K>().read_unaligned(),
+                    values.as_ptr().add(index * size_of::<V>()).cast::<V>().read_unaligned(),
+                )
+            };
+            visit(key, value);
+        }
+        if ended {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The few commands of the `bpf` system call that aya 0.14 does not offer.
+//!
+//! Layouts are `aya_obj`'s bindings of `linux/bpf.h`.
+
+use std::{
+    ffi::CStr,
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type};
+
+/// Calls `bpf(2)`.
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
+    // SAFETY: the attributes are valid for the command, and what they point to outlives the call:
+    // each caller below builds them from borrowed slices.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<bpf_attr>())
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: a union of plain integers and arrays of them.
+    unsafe { std::mem::zeroed() }
+}
+
+fn owned(fd: i64) -> OwnedFd {
+    // SAFETY: a command that creates an object gives a new descriptor that nobody else has.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+/// Loads BTF.
+pub(super) fn btf_load(data: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // SAFETY: the member that the command reads.
+    let load = unsafe { &mut attr.__bindgen_anon_7 };
+    load.btf = data.as_ptr() as u64;
+    load.btf_size = data.len() as u32;
+    bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).map(owned)
+}
+
+/// A uprobe program to be loaded.
+pub(super) struct Program<'a> {
+    pub(super) name: &'a str,
+    pub(super) instructions: &'a [bpf_insn],
+    pub(super) license: &'a CStr,
+    pub(super) attach_type: bpf_attach_type,
+    pub(super) btf: Option<BorrowedFd<'a>>,
+    pub(super) func_info: &'a [u8],
+    pub(super) func_info_record_bytes: usize,
+    pub(super) func_info_records: usize,
+}
+
+/// Loads a program of type kprobe, which uprobes are.
+pub(super) fn prog_load(program: &Program<'_>) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // SAFETY: the member that the command reads.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    for (to, from) in load.prog_name.iter_mut().take(15).zip(program.name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    load.prog_type = bpf_prog_type::BPF_PROG_TYPE_KPROBE as u32;
+    load.expected_attach_type = program.attach_type as u32;
+    load.insns = program.instructions.as_ptr() as u64;
+    load.insn_cnt = program.instructions.len() as u32;
+    load.license = program.license.as_ptr() as u64;
+    if let Some(btf) = program.btf {
+        load.prog_btf_fd = btf.as_raw_fd() as u32;
+        load.func_info = program.func_info.as_ptr() as u64;
+        load.func_info_cnt = program.func_info_records as u32;
+        load.func_info_rec_size = program.func_info_record_bytes as u32;
+    }
+    bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr).map(owned)
+}
+
+/// Attaches a program to several offsets of a file at once; only the given process is seen.
+pub(super) fn link_uprobe_multi(
+    program: BorrowedFd<'_>,
+    path: &CStr,
+    offsets: &[u64],
+    cookies: &[u64],
+    returns: bool,
+    pid: u32,
+) -> io::Result<OwnedFd> {
+    const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
+    assert_eq!(offsets.len(), cookies.len(), "one cookie an offset");
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    // SAFETY: the members that the command reads for this attach type.
+    let (link, multi) = unsafe {
+        let link = &raw mut attr.link_create;
+        (&mut *link, &mut (*link).__bindgen_anon_3.uprobe_multi)
+    };
+    multi.path = path.as_ptr() as u64;
+    multi.offsets = offsets.as_ptr() as u64;
+    multi.cookies = cookies.as_ptr() as u64;
+    multi.cnt = offsets.len() as u32;
+    multi.flags = if returns { BPF_F_UPROBE_MULTI_RETURN } else { 0 };
+    multi.pid = pid;
+    link.attach_type = bpf_attach_type::BPF_TRACE_UPROBE_MULTI as u32;
+    bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(owned)
+}
+
+/// Reads up to `keys.len() / key_bytes` elements of a hash map from a cursor on. Gives how many
+/// were read, and whether the end was reached.
+pub(super) fn map_lookup_batch(
+    map: BorrowedFd<'_>,
+    cursor: &mut Option<u64>,
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: u32,
+) -> io::Result<(usize, bool)> {
+    let mut next = 0u64;
+    let mut attr = zeroed();
+    attr.batch.in_batch = cursor.as_ref().map_or(0, |cursor| std::ptr::from_ref(cursor) as u64);
+    attr.batch.out_batch = std::ptr::from_mut(&mut next) as u64;
+    attr.batch.keys = keys.as_mut_ptr() as u64;
+    attr.batch.values = values.as_mut_ptr() as u64;
+    attr.batch.count = count;
+    attr.batch.map_fd = map.as_raw_fd() as u32;
+    let result = bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
+    // SAFETY: the member that the command writes.
+    let read = unsafe { attr.batch.count } as usize;
+    match result {
+        Ok(_) => {
+            *cursor = Some(next);
+            Ok((read, false))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok((read, true)),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,341 @@
+//! The loaded BPF programs and maps of one session.
+
+use std::{
+    num::NonZeroU32,
+    os::fd::{AsFd as _, AsRawFd as _, RawFd},
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, anyhow, bail};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::RawTracePoint,
+};
+use tracer_common::{
+    config::{CONFIG_SYMBOL, Config},
+    instance::{ARMED, Instance, MAX_INSTANCES, Membership},
+    ledger::{Block, BlockKey},
+    missed::Missed,
+    site::Site,
+};
+
+use super::{
+    kernel_types,
+    links::{Attacher, Link, Point, ProbeProgram},
+    maps::{MappedArray, for_each},
+};
+
+/// The compiled BPF programs, for the architecture of this build.
+#[cfg(target_arch = "x86_64")]
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../tracer-ebpf/prebuilt/unfreed-x86_64.bpf.o"
+));
+
+const RAW_TRACEPOINTS: [&str; 3] = ["task_newtask", "sched_process_exec", "sched_process_exit"];
+
+/// How much a session may record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Live blocks that the ledger holds.
+    pub max_live_blocks: u32,
+    /// Different stacks.
+    pub max_sites: u32,
+    /// Smaller blocks are not recorded.
+    pub min_size_bytes: u64,
+    /// Larger blocks are not recorded.
+    pub max_size_bytes: u64,
+}
+
+impl Limits {
+    /// Kernel memory that the ledger and the site table take, in bytes.
+    #[must_use]
+    pub const fn kernel_bytes(&self) -> u64 {
+        // Measured per element: key, value, hash link and bucket.
+        const LEDGER_ENTRY_BYTES: u64 = 104;
+        self.max_live_blocks as u64 * LEDGER_ENTRY_BYTES
+            + self.max_sites as u64 * size_of::<Site>() as u64
+    }
+}
+
+/// The loaded programs and maps. Dropping it unloads everything.
+#[derive(Debug)]
+pub struct Tracer {
+    ebpf: Ebpf,
+    attacher: Attacher,
+    instances: MappedArray<Instance>,
+    next_instance: u32,
+    sites: MappedArray<Site>,
+    max_sites: u32,
+    limits: Limits,
+}
+
+impl Tracer {
+    /// Loads programs and maps into the kernel. Nothing is attached to any process yet.
+    pub fn load(limits: Limits) -> anyhow::Result<Self> {
+        let mut config = Config {
+            min_size_bytes: limits.min_size_bytes,
+            max_size_bytes: limits.max_size_bytes,
+            max_sites: limits.max_sites,
+            ..Config::default()
+        };
+        kernel_types::offsets(&mut config)?;
+        // Without it the programs' log statements are dead code that the verifier removes.
+        let log_level: u8 = if log::log_enabled!(log::Level::Debug) { 4 } else { 0 };
+        let mut ebpf = EbpfLoader::new()
+            .override_global(CONFIG_SYMBOL, &config, true)
+            .override_global("AYA_LOG_LEVEL", &log_level, true)
+            .map_max_entries("LEDGER", limits.max_live_blocks)
+            .map_max_entries("SITES", limits.max_sites)
+            .map_max_entries("SITE_IDS", limits.max_sites)
+            .load(OBJECT)
+            .map_err(|error| explain(error, &limits))?;
+        if log_level > 0
+            && let Err(error) = aya_log::EbpfLogger::init(&mut ebpf)
+        {
+            log::warn!("the BPF programs' log cannot be read: {error}");
+        }
+        for name in RAW_TRACEPOINTS {
+            let program: &mut RawTracePoint = ebpf
+                .program_mut(name)
+                .ok_or_else(|| anyhow!("the BPF object has no program {name}"))?
+                .try_into()?;
+            program.load().with_context(|| format!("failed to load BPF program {name}"))?;
+            program
+                .attach(name)
+                .with_context(|| format!("failed to attach to the kernel's tracepoint {name}"))?;
+        }
+        let attacher = Attacher::load(OBJECT, &mut ebpf)?;
+        let instances = MappedArray::new(data(&ebpf, "INSTANCES")?, MAX_INSTANCES as usize)
+            .context("failed to map the instances")?;
+        let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
+            .context("failed to map the sites")?;
+        Ok(Self {
+            ebpf,
+            attacher,
+            instances,
+            next_instance: 0,
+            sites,
+            max_sites: limits.max_sites,
+            limits,
+        })
+    }
+
+    /// What the session may record.
+    #[must_use]
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The ring buffer of events; can be taken once.
+    pub fn take_events(&mut self) -> anyhow::Result<RingBuf<MapData>> {
+        let map = self.ebpf.take_map("EVENTS").ok_or_else(|| anyhow!("events taken already"))?;
+        Ok(RingBuf::try_from(map)?)
+    }
+
+    /// How probes are attached.
+    #[must_use]
+    pub const fn attacher(&self) -> &Attacher {
+        &self.attacher
+    }
+
+    /// Attaches a program at points of a file, for one process.
+    pub fn attach(
+        &mut self,
+        program: ProbeProgram,
+        file: &Path,
+        points: &[Point],
+        pid: NonZeroU32,
+    ) -> anyhow::Result<Vec<Link>> {
+        self.attacher.attach(&mut self.ebpf, program, file, points, pid)
+    }
+
+    /// Opens an instance for a process; it does not record before [`Tracer::arm`].
+    pub fn open_instance(&mut self, pid: u32, flags: u32) -> anyhow::Result<u32> {
+        let instance = self.next_instance;
+        if instance >= MAX_INSTANCES {
+            bail!("more than {MAX_INSTANCES} processes in one session");
+        }
+        self.next_instance += 1;
+        let overflow_site = self.reserve_site(instance)?;
+        let state = Instance { flags, overflow_site, ..Instance::default() };
+        // SAFETY: no program uses this instance before the membership below names it.
+        unsafe { self.instances.pointer(instance as usize).write_volatile(state) };
+        self.processes()?
+            .insert(pid, Membership { instance, borrowed: 0 }, 0)
+            .with_context(|| format!("failed to register PID {pid}"))?;
+        Ok(instance)
+    }
+
+    /// Sets a site aside that takes an instance's blocks when the table is full.
+    fn reserve_site(&mut self, instance: u32) -> anyhow::Result<u32> {
+        let map = self.ebpf.map_mut("SITE_COUNT").ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
+        let mut count: Array<&mut MapData, u32> = Array::try_from(map)?;
+        let id = count.get(&0, 0)?;
+        if id >= self.max_sites {
+            bail!("the site table is full (raise --max-sites)");
+        }
+        // Another processor may take the same id for a stack in between; then both share it, which
+        // is what the overflow site is for.
+        count.set(0, id + 1, 0)?;
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: a live element of the mapping.
+        unsafe {
+            (&raw mut (*site).instance).write_volatile(instance);
+            (&raw mut (*site).stack_sent).write_volatile(1);
+        }
+        Ok(id)
+    }
+
+    fn flags(&self, instance: u32) -> &AtomicU32 {
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: an aligned field of a mapping that lives as long as `self`; programs change it
+        // atomically.
+        unsafe { AtomicU32::from_ptr(&raw mut (*state).flags) }
+    }
+
+    /// Begins to record.
+    pub fn arm(&self, instance: u32) {
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: a live element; programs read the field only once the flag below is set.
+        unsafe { (&raw mut (*state).armed_at_ns).write_volatile(monotonic_ns()) };
+        self.flags(instance).fetch_or(ARMED, Ordering::SeqCst);
+    }
+
+    /// Ends recording. To be called before the first probe is taken away: half a set of probes
+    /// makes false leaks.
+    pub fn disarm(&self, instance: u32) {
+        self.flags(instance).fetch_and(!ARMED, Ordering::SeqCst);
+    }
+
+    /// Clears a flag other than [`ARMED`].
+    pub fn clear_flag(&self, instance: u32, flag: u32) {
+        self.flags(instance).fetch_and(!flag, Ordering::SeqCst);
+    }
+
+    /// State of an instance.
+    #[must_use]
+    pub fn instance(&self, instance: u32) -> Instance {
+        self.instances.read(instance as usize)
+    }
+
+    /// Takes back one stop that the programs asked for. False if there is none: then somebody else
+    /// stopped the process.
+    #[must_use]
+    pub fn take_stop(&self, instance: u32) -> bool {
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: as in `flags`.
+        let stops = unsafe { AtomicU32::from_ptr(&raw mut (*state).stops) };
+        stops
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |stops| stops.checked_sub(1))
+            .is_ok()
+    }
+
+    fn processes(&mut self) -> anyhow::Result<HashMap<&mut MapData, u32, Membership>> {
+        let map = self.ebpf.map_mut("PROCESSES").ok_or_else(|| anyhow!("no map PROCESSES"))?;
+        Ok(HashMap::try_from(map)?)
+    }
+
+    /// Sites handed out so far.
+    pub fn site_count(&self) -> anyhow::Result<u32> {
+        let map = self.ebpf.map("SITE_COUNT").ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
+        let count: Array<&MapData, u32> = Array::try_from(map)?;
+        Ok(count.get(&0, 0)?.min(self.max_sites))
+    }
+
+    /// Counters of a site.
+    #[must_use]
+    pub fn site(&self, id: u32) -> Site {
+        self.sites.read(id as usize)
+    }
+
+    /// Missed events so far, all counters.
+    pub fn missed(&self) -> anyhow::Result<Vec<(Missed, u64)>> {
+        let map = self.ebpf.map("MISSED").ok_or_else(|| anyhow!("no map MISSED"))?;
+        let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
+        Missed::ALL
+            .iter()
+            .map(|missed| Ok((*missed, counters.get(&(*missed as u32), 0)?.iter().sum())))
+            .collect()
+    }
+
+    /// Visits every live block, some thousand a system call.
+    pub fn for_each_block(&self, visit: impl FnMut(BlockKey, Block)) -> anyhow::Result<()> {
+        for_each(data(&self.ebpf, "LEDGER")?.fd().as_fd(), visit).context("failed to read the ledger")
+    }
+
+    /// Forgets the live blocks of an ended instance, whose figures have been read, so that they
+    /// take no room in the ledger. Gives how many there were.
+    pub fn purge(&mut self, instance: u32) -> anyhow::Result<u64> {
+        let mut keys = Vec::new();
+        self.for_each_block(|key, _| {
+            if key.instance == u64::from(instance) {
+                keys.push(key);
+            }
+        })?;
+        let map = self.ebpf.map_mut("LEDGER").ok_or_else(|| anyhow!("no map LEDGER"))?;
+        let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
+        let mut purged = 0;
+        for key in keys {
+            match ledger.remove(&key) {
+                Ok(()) => purged += 1,
+                Err(MapError::KeyNotFound) => {}
+                Err(error) => return Err(error).context("failed to purge the ledger"),
+            }
+        }
+        Ok(purged)
+    }
+}
+
+fn data<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a MapData> {
+    match ebpf.map(name) {
+        Some(
+            Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data),
+        ) => Ok(data),
+        _ => bail!("the BPF object has no map {name}"),
+    }
+}
+
+/// Name and descriptor of every map, for a second loader.
+pub(super) fn map_descriptors(ebpf: &Ebpf) -> Vec<(String, RawFd)> {
+    ebpf.maps()
+        .filter_map(|(name, map)| match map {
+            Map::Array(data)
+            | Map::HashMap(data)
+            | Map::PerCpuArray(data)
+            | Map::RingBuf(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Says in one line what a load failure means and what to do.
+fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
+    if let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = &error {
+        return match io_error.raw_os_error() {
+            Some(libc::ENOMEM | libc::E2BIG) => anyhow!(
+                "no memory for the BPF map {name}: the ledger and site tables need about {} MiB of \
+                 kernel memory, more than this host or the memory cgroup of unfreed allows (lower \
+                 --max-live or --max-sites, or run unfreed in a larger cgroup)",
+                limits.kernel_bytes() >> 20
+            ),
+            Some(libc::EPERM | libc::EACCES) => anyhow!(
+                "not permitted to create BPF maps: run unfreed as root (or with CAP_BPF, \
+                 CAP_PERFMON and CAP_SYS_PTRACE)"
+            ),
+            _ => anyhow!("failed to create the BPF map {name}: {io_error}"),
+        };
+    }
+    anyhow!(error).context("failed to load the BPF programs")
+}
+
+/// The clock that the programs use.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid clock and a place for the result.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}

@@ -1,0 +1,2 @@
+//! unfreed.
+fn main() {}
