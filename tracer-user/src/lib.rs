@@ -2,3 +2,5 @@
 //! is allocated and not freed, and reports it.
 
 pub mod bpf;
+pub mod discover;
+pub mod probe_point;

@@ -1,0 +1,288 @@
+//! A mapped file: who it is, which allocator functions it defines, and where their probes go.
+
+use std::{collections::BTreeMap, fs::File, path::Path};
+
+use anyhow::{Context as _, anyhow};
+use object::{
+    Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _,
+    ObjectSymbol as _, ReadCache, SymbolKind,
+    elf::{STB_LOCAL, STT_FUNC},
+    read::elf::ElfFile64,
+};
+use tracer_common::alloc_spec::{AllocSpec, Family, NO_REGISTER, ResultKind};
+
+use super::allocators::{self, Call, Signature};
+use crate::probe_point::{self, Emulation, Gpr, ProbeClass, ProbePoint};
+
+/// Identity of a mapped file on this host, while it is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// Major and minor number of the device.
+    pub device: (i32, i32),
+    /// Inode number on it.
+    pub inode: u64,
+}
+
+/// What to look for in a file.
+#[derive(Clone, Debug)]
+pub struct Search {
+    /// A prefix that allocator functions may carry (`je_`), beside those without.
+    pub symbol_prefix: Option<String>,
+    /// What the running kernel emulates.
+    pub emulation: Emulation,
+}
+
+/// A file's allocator functions.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// GNU build ID in hexadecimal, if it has one.
+    pub build_id: Option<String>,
+    /// The functions, aliases joined, by address.
+    pub functions: Vec<Function>,
+    /// File offset of the dynamic loader's `_dl_debug_state`, if this is the loader.
+    pub loader_report: Option<u64>,
+    /// What the file tells of itself that matters to a user who finds no allocator in it.
+    pub traits: Traits,
+}
+
+/// Reasons why a file may have no allocator functions that can be seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traits {
+    /// Built by Go, which manages its memory itself.
+    pub go: bool,
+    /// No dynamic section: nothing is linked at run time.
+    pub is_static: bool,
+    /// No symbol table beyond what dynamic linking needs.
+    pub stripped: bool,
+    /// The dynamic loader's name, for programs.
+    pub has_interpreter: bool,
+}
+
+/// One allocator function and its probe.
+#[derive(Clone, Debug)]
+pub struct Function {
+    /// Its names: aliases share an address and so a probe.
+    pub names: Vec<String>,
+    /// How it is called.
+    pub call: Call,
+    /// Address in the file's own terms.
+    pub address: u64,
+    /// Offset of its first instruction in the file.
+    pub file_offset: u64,
+    /// Where the probe stands, from the first instruction.
+    pub probe_point: ProbePoint,
+}
+
+impl Function {
+    /// File offset of the probe.
+    #[must_use]
+    pub const fn probe_file_offset(&self) -> u64 {
+        self.file_offset + self.probe_point.offset
+    }
+
+    /// What the probe tells the BPF programs about registers.
+    #[must_use]
+    pub fn spec(&self) -> AllocSpec {
+        let register = |argument: u8| {
+            self.probe_point.arg_registers[usize::from(argument)].map_or(NO_REGISTER, Gpr::number)
+        };
+        let mut spec = AllocSpec {
+            size: NO_REGISTER,
+            count: NO_REGISTER,
+            pointer: NO_REGISTER,
+            out_pointer: NO_REGISTER,
+            result: ResultKind::Pointer,
+            family: Family::Heap,
+        };
+        match self.call {
+            Call::Alloc { size, count, old } => {
+                spec.size = register(size);
+                spec.count = count.map_or(NO_REGISTER, register);
+                spec.pointer = old.map_or(NO_REGISTER, register);
+            }
+            Call::AllocTo { size, out } => {
+                spec.size = register(size);
+                spec.out_pointer = register(out);
+                spec.result = ResultKind::OutPointer;
+            }
+            Call::Free { pointer } => spec.pointer = register(pointer),
+        }
+        spec
+    }
+
+    /// Whether the kernel emulates the instruction under the probe.
+    #[must_use]
+    pub fn is_emulated(&self) -> bool {
+        self.probe_point.class == ProbeClass::Emulated
+    }
+}
+
+type Elf<'a> = ElfFile64<'a, Endianness, &'a ReadCache<File>>;
+
+/// A symbol that names an allocator function.
+struct Found {
+    names: Vec<String>,
+    signature: &'static Signature,
+    size: u64,
+}
+
+/// Code longer than this is not an allocator function's: a symbol that says so is wrong.
+const MAX_FUNCTION_BYTES: u64 = 1 << 20;
+/// Code of a whole module that is searched for jumps into its allocator functions; in larger ones
+/// the probes stand at the entries, which needs no search.
+const MAX_SURVEY_BYTES: u64 = 256 << 20;
+
+impl Module {
+    /// Reads a file.
+    pub fn read(path: &Path, search: &Search) -> anyhow::Result<Self> {
+        let file = File::open(path)
+            .with_context(|| format!("failed to open {}", path.display()))?;
+        let cache = ReadCache::new(file);
+        let elf = Elf::parse(&cache)
+            .map_err(|error| anyhow!("{} is no 64-bit ELF file: {error}", path.display()))?;
+        if elf.architecture() != Architecture::X86_64 {
+            return Err(anyhow!("{} is for another processor", path.display()));
+        }
+        let build_id = elf.build_id().ok().flatten().map(hex);
+        let traits = Traits {
+            go: elf.section_by_name(".go.buildinfo").is_some(),
+            is_static: elf.dynamic_symbol_table().is_none(),
+            stripped: elf.symbols().next().is_none(),
+            has_interpreter: elf.section_by_name(".interp").is_some(),
+        };
+        let loader_report = loader_report(&elf);
+        let is_glibc_loader = loader_report.is_some() && !defines_printf(&elf);
+        // glibc's loader has had an allocator of its own for the time before libc is there; what it
+        // allocates is never freed through libc's.
+        let found = if is_glibc_loader { BTreeMap::new() } else { find(&elf, search) };
+        let functions = place(&elf, found, search)
+            .with_context(|| format!("failed to read the code of {}", path.display()))?;
+        Ok(Self { build_id, functions, loader_report, traits })
+    }
+
+    /// Whether it has allocator functions.
+    #[must_use]
+    pub fn has_allocator(&self) -> bool {
+        !self.functions.is_empty()
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn defines_printf(elf: &Elf<'_>) -> bool {
+    elf.dynamic_symbols()
+        .any(|symbol| symbol.is_definition() && symbol.name_bytes() == Ok(b"printf"))
+}
+
+fn loader_report(elf: &Elf<'_>) -> Option<u64> {
+    let symbol = elf
+        .dynamic_symbols()
+        .chain(elf.symbols())
+        .find(|symbol| symbol.is_definition() && symbol.name_bytes() == Ok(b"_dl_debug_state"))?;
+    // Only the loader itself is a shared object that defines it; static programs do too.
+    (elf.kind() == ObjectKind::Dynamic).then(|| file_offset(elf, symbol.address()))?
+}
+
+fn file_offset(elf: &Elf<'_>, address: u64) -> Option<u64> {
+    elf.segments().find_map(|segment| {
+        let (offset, length) = segment.file_range();
+        let within = address.checked_sub(segment.address())?;
+        (within < length).then(|| offset + within)
+    })
+}
+
+/// Global functions with an allocator's name, by address.
+fn find(elf: &Elf<'_>, search: &Search) -> BTreeMap<u64, Found> {
+    let mut found: BTreeMap<u64, Found> = BTreeMap::new();
+    for symbol in elf.dynamic_symbols().chain(elf.symbols()) {
+        if !symbol.is_definition() || symbol.kind() != SymbolKind::Text {
+            continue;
+        }
+        let raw = symbol.elf_symbol();
+        if raw.st_type() != STT_FUNC || raw.st_bind() == STB_LOCAL {
+            continue;
+        }
+        let Ok(name) = symbol.name() else { continue };
+        let Some(signature) = allocators::by_name(name, search.symbol_prefix.as_deref()) else {
+            continue;
+        };
+        let entry = found.entry(symbol.address()).or_insert_with(|| Found {
+            names: Vec::new(),
+            signature,
+            size: symbol.size(),
+        });
+        if !entry.names.iter().any(|known| known == name) {
+            entry.names.push(name.to_owned());
+        }
+    }
+    found
+}
+
+/// Decides for every function where its probe goes.
+fn place(
+    elf: &Elf<'_>,
+    found: BTreeMap<u64, Found>,
+    search: &Search,
+) -> anyhow::Result<Vec<Function>> {
+    if found.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ranges: Vec<_> = found
+        .iter()
+        .map(|(address, found)| *address..address.saturating_add(found.size.min(MAX_FUNCTION_BYTES)))
+        .collect();
+    let outside = survey(elf, &ranges)?;
+    let mut functions = Vec::new();
+    for (((address, found), range), outside) in found.into_iter().zip(&ranges).zip(&outside) {
+        let Some(file_offset) = file_offset(elf, address) else { continue };
+        let code = code(elf, range.start, range.end - range.start).unwrap_or_default();
+        let call = found.signature.call;
+        let arguments = call.arguments();
+        // Without the survey anything may jump to right behind the entry, which leaves the entry.
+        let unknown = [address + 1];
+        let probe_point = probe_point::choose(&probe_point::Request {
+            code,
+            address,
+            args: &arguments,
+            returns: call.returns(),
+            null_arg: match call {
+                Call::Free { pointer } => Some(pointer),
+                _ => None,
+            },
+            outside_targets: outside.as_deref().unwrap_or(&unknown),
+            emulation: search.emulation,
+        });
+        functions.push(Function { names: found.names, call, address, file_offset, probe_point });
+    }
+    Ok(functions)
+}
+
+/// Bytes at an address of the file's own address space.
+fn code<'a>(elf: &Elf<'a>, address: u64, length: u64) -> Option<&'a [u8]> {
+    elf.segments().find_map(|segment| segment.data_range(address, length).ok().flatten())
+}
+
+/// Jumps from elsewhere in the code into each of the functions; None where the code is too large
+/// to look.
+fn survey(elf: &Elf<'_>, functions: &[std::ops::Range<u64>]) -> anyhow::Result<Vec<Option<Vec<u64>>>> {
+    let mut targets = vec![Some(Vec::new()); functions.len()];
+    let executable = elf.segments().filter(|segment| match segment.flags() {
+        object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
+        _ => false,
+    });
+    for segment in executable {
+        if segment.file_range().1 > MAX_SURVEY_BYTES {
+            return Ok(vec![None; functions.len()]);
+        }
+        let text = segment.data()?;
+        let found = probe_point::branch_targets_into(text, segment.address(), functions);
+        for (targets, found) in targets.iter_mut().zip(found) {
+            if let Some(targets) = targets {
+                targets.extend(found);
+            }
+        }
+    }
+    Ok(targets)
+}
