@@ -123,7 +123,12 @@ mod tests {
         };
         let cookie = Cookie(spec.to_cookie());
         assert_eq!(
-            (cookie.size(), cookie.count(), cookie.pointer(), cookie.out_pointer()),
+            (
+                cookie.size(),
+                cookie.count(),
+                cookie.pointer(),
+                cookie.out_pointer()
+            ),
             (2, 15, NO_REGISTER, 7)
         );
         assert!(cookie.returns_through_out_pointer());

@@ -13,7 +13,11 @@ pub const fn lifetime_slot(lifetime_ns: u64) -> usize {
         return 0;
     }
     let slot = 63 - units.leading_zeros() as usize;
-    if slot < LIFETIME_SLOTS { slot } else { LIFETIME_SLOTS - 1 }
+    if slot < LIFETIME_SLOTS {
+        slot
+    } else {
+        LIFETIME_SLOTS - 1
+    }
 }
 
 /// Longest lifetime that a slot holds, in nanoseconds, exclusive.
@@ -47,7 +51,11 @@ pub const fn birth_slice(since_start_ns: u64) -> usize {
     // The octave's number, and the three bits below the leading one.
     let octave = 63 - units.leading_zeros() as u64 - 2;
     let slice = octave * SLICES_PER_OCTAVE + (units >> (octave - 1) & (SLICES_PER_OCTAVE - 1));
-    if slice < BIRTH_SLICES as u64 { slice as usize } else { BIRTH_SLICES - 1 }
+    if slice < BIRTH_SLICES as u64 {
+        slice as usize
+    } else {
+        BIRTH_SLICES - 1
+    }
 }
 
 /// When a birth slice begins, in nanoseconds since the session began.
@@ -55,7 +63,11 @@ pub const fn birth_slice(since_start_ns: u64) -> usize {
 pub const fn birth_slice_start_ns(slice: usize) -> u64 {
     let slice = slice as u64;
     let (octave, step) = (slice / SLICES_PER_OCTAVE, slice % SLICES_PER_OCTAVE);
-    let units = if octave == 0 { step } else { (SLICES_PER_OCTAVE + step) << (octave - 1) };
+    let units = if octave == 0 {
+        step
+    } else {
+        (SLICES_PER_OCTAVE + step) << (octave - 1)
+    };
     units << SLICE_SHIFT
 }
 
@@ -68,8 +80,14 @@ mod tests {
         for shift in 0..50 {
             for lifetime in [1u64 << shift, (1 << shift) + 1, (2 << shift) - 1] {
                 let slot = lifetime_slot(lifetime);
-                assert!(lifetime < lifetime_slot_end_ns(slot), "{lifetime} in {slot}");
-                assert!(slot == 0 || lifetime >= lifetime_slot_end_ns(slot - 1), "{lifetime}");
+                assert!(
+                    lifetime < lifetime_slot_end_ns(slot),
+                    "{lifetime} in {slot}"
+                );
+                assert!(
+                    slot == 0 || lifetime >= lifetime_slot_end_ns(slot - 1),
+                    "{lifetime}"
+                );
             }
         }
     }

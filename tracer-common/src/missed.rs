@@ -79,7 +79,13 @@ mod tests {
         for (index, missed) in Missed::ALL.iter().enumerate() {
             assert_eq!(*missed as usize, index);
             assert!(!missed.effect().is_empty());
-            assert_eq!(Missed::ALL.iter().filter(|m| m.name() == missed.name()).count(), 1);
+            assert_eq!(
+                Missed::ALL
+                    .iter()
+                    .filter(|m| m.name() == missed.name())
+                    .count(),
+                1
+            );
         }
     }
 }

@@ -4,45 +4,69 @@
 //! compare-and-swap; the instructions themselves are there since cpu v3 (Linux 5.12). On the host,
 //! where this crate is only linted, `core`'s serve.
 
-/// Adds to a counter; wraps. Gives what it was.
+/// Adds to a counter; wraps.
 ///
 /// # Safety
 ///
 /// `counter` is an aligned field of a live map element.
 #[inline(always)]
-pub(crate) unsafe fn add_u64(counter: *mut u64, amount: u64) -> u64 {
+pub(crate) unsafe fn add_u64(counter: *mut u64, amount: u64) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: as the caller promises.
     unsafe {
         use core::intrinsics::{AtomicOrdering, atomic_xadd};
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, amount)
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, amount);
     }
     #[cfg(not(target_arch = "bpf"))]
     // SAFETY: as the caller promises.
     unsafe {
         use core::sync::atomic::{AtomicU64, Ordering};
-        AtomicU64::from_ptr(counter).fetch_add(amount, Ordering::Relaxed)
+        AtomicU64::from_ptr(counter).fetch_add(amount, Ordering::Relaxed);
     }
 }
 
-/// Adds to a counter; wraps. Gives what it was.
+/// Adds to a counter; wraps.
 ///
 /// # Safety
 ///
 /// As for [`add_u64`].
 #[inline(always)]
-pub(crate) unsafe fn add_u32(counter: *mut u32, amount: u32) -> u32 {
+pub(crate) unsafe fn add_u32(counter: *mut u32, amount: u32) {
     #[cfg(target_arch = "bpf")]
     // SAFETY: as the caller promises.
     unsafe {
         use core::intrinsics::{AtomicOrdering, atomic_xadd};
-        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, amount)
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, amount);
     }
     #[cfg(not(target_arch = "bpf"))]
     // SAFETY: as the caller promises.
     unsafe {
         use core::sync::atomic::{AtomicU32, Ordering};
-        AtomicU32::from_ptr(counter).fetch_add(amount, Ordering::Relaxed)
+        AtomicU32::from_ptr(counter).fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+/// Adds to a counter; wraps. Gives what it was.
+///
+/// Not relaxed: for that LLVM 22 emits the instruction that gives nothing back, whether or not the
+/// result is used.
+///
+/// # Safety
+///
+/// As for [`add_u64`].
+#[inline(always)]
+pub(crate) unsafe fn fetch_add_u32(counter: *mut u32, amount: u32) -> u32 {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: as the caller promises.
+    unsafe {
+        use core::intrinsics::{AtomicOrdering, atomic_xadd};
+        atomic_xadd::<u32, u32, { AtomicOrdering::SeqCst }>(counter, amount)
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as the caller promises.
+    unsafe {
+        use core::sync::atomic::{AtomicU32, Ordering};
+        AtomicU32::from_ptr(counter).fetch_add(amount, Ordering::SeqCst)
     }
 }
 

@@ -16,7 +16,7 @@ use tracer_common::{
 };
 
 use crate::{
-    atomic::{add_u32, add_u64},
+    atomic::{add_u32, add_u64, fetch_add_u32},
     maps::{CONFIG, EVENTS, LEDGER, SITE_COUNT, SITE_IDS, SITES, ScratchEvent},
     missed,
     stack::Stack,
@@ -36,7 +36,10 @@ fn opaque(value: usize) -> usize {
 
 #[inline(always)]
 fn key(instance: u32, address: u64) -> BlockKey {
-    BlockKey { address, instance: u64::from(instance) }
+    BlockKey {
+        address,
+        instance: u64::from(instance),
+    }
 }
 
 /// Takes a block out of the ledger, if it is there. The counters stay as they are: a failed
@@ -53,7 +56,10 @@ pub(crate) fn take(instance: u32, address: u64) -> Option<Block> {
 /// Puts a block back that [`take`] gave.
 #[inline(always)]
 pub(crate) fn put_back(instance: u32, address: u64, block: &Block) {
-    if LEDGER.insert(key(instance, address), block, u64::from(BPF_NOEXIST)).is_err() {
+    if LEDGER
+        .insert(key(instance, address), block, u64::from(BPF_NOEXIST))
+        .is_err()
+    {
         missed::count(Missed::MapErrors);
     }
 }
@@ -61,7 +67,9 @@ pub(crate) fn put_back(instance: u32, address: u64, block: &Block) {
 /// Books the end of a block that [`take`] gave.
 #[inline(always)]
 pub(crate) fn count_free(state: &Instance, block: &Block) {
-    let Some(site) = SITES.get_ptr_mut(block.site) else { return };
+    let Some(site) = SITES.get_ptr_mut(block.site) else {
+        return;
+    };
     // SAFETY: no argument, and field addresses of a live map element.
     unsafe {
         let lifetime_ns = bpf_ktime_get_ns().wrapping_sub(block.birth_ns);
@@ -117,7 +125,12 @@ pub(crate) fn record(
     };
     // SAFETY: no argument.
     let birth_ns = unsafe { bpf_ktime_get_ns() };
-    let block = Block { size_bytes, birth_ns, site: site_id, weight: 1 };
+    let block = Block {
+        size_bytes,
+        birth_ns,
+        site: site_id,
+        weight: 1,
+    };
     let key = key(instance, address);
     match LEDGER.insert(key, block, u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
@@ -172,7 +185,10 @@ fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
         missed::count(Missed::ScratchBusy);
         return state.overflow_site;
     };
-    let key = SiteKey { stack_hash: stack.hash(), instance: u64::from(instance) };
+    let key = SiteKey {
+        stack_hash: stack.hash(),
+        instance: u64::from(instance),
+    };
     let id = match SITE_IDS.get_ptr(key) {
         // SAFETY: a live map element that is never changed.
         Some(id) => Some(unsafe { *id }),
@@ -211,7 +227,7 @@ fn new_site(key: SiteKey) -> Option<u32> {
         return None;
     }
     // SAFETY: as above.
-    let id = unsafe { add_u32(count, 1) };
+    let id = unsafe { fetch_add_u32(count, 1) };
     if id >= max_sites {
         return None;
     }
@@ -241,10 +257,16 @@ fn send(stack: &Stack, instance: u32, site: u32) -> bool {
         (*scratch).event.site = site;
         (*scratch).event.hash = stack.hash();
         let depth = (*scratch).event.depth as usize;
-        let depth = if depth > MAX_FRAMES { MAX_FRAMES } else { depth };
+        let depth = if depth > MAX_FRAMES {
+            MAX_FRAMES
+        } else {
+            depth
+        };
         bpf_ringbuf_output(
             (&raw const EVENTS).cast_mut().cast::<c_void>(),
-            (&raw mut (*scratch).event).cast::<ScratchEvent>().cast::<c_void>(),
+            (&raw mut (*scratch).event)
+                .cast::<ScratchEvent>()
+                .cast::<c_void>(),
             (STACK_EVENT_PREFIX_BYTES + depth * 8) as u64,
             0,
         ) == 0

@@ -32,12 +32,19 @@ fn current() -> (u64, u32) {
 #[inline(always)]
 fn membership(tgid: u32) -> Option<Membership> {
     // SAFETY: a live map element, copied.
-    PROCESSES.get_ptr(tgid).map(|membership| unsafe { *membership })
+    PROCESSES
+        .get_ptr(tgid)
+        .map(|membership| unsafe { *membership })
 }
 
 #[inline(always)]
 fn tell(kind: EventKind, tgid: u32, instance: u32, detail: u32) {
-    let event = EventHeader { kind: kind as u32, tgid, instance, detail };
+    let event = EventHeader {
+        kind: kind as u32,
+        tgid,
+        instance,
+        detail,
+    };
     if EVENTS.output::<EventHeader>(event, 0).is_err() {
         missed::count(Missed::LifecycleDropped);
     }
@@ -64,7 +71,9 @@ fn close(tgid: u32, state: *mut Instance) {
 /// The thread ends or its memory goes: a call it was in will not return.
 #[inline(always)]
 fn drop_pending(pid_tgid: u64) {
-    let Some(pending) = PENDING.get_ptr_mut(pid_tgid) else { return };
+    let Some(pending) = PENDING.get_ptr_mut(pid_tgid) else {
+        return;
+    };
     // SAFETY: a live map element that only this thread uses.
     let pending = unsafe { &*pending };
     if pending.return_slot != 0 {
@@ -93,7 +102,10 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
     }
     let child = kernel::tgid_of(ctx.arg(0))?;
     if flags & CLONE_VM != 0 {
-        let borrowed = Membership { instance: parent.instance, borrowed: 1 };
+        let borrowed = Membership {
+            instance: parent.instance,
+            borrowed: 1,
+        };
         if PROCESSES.insert(child, borrowed, 0).is_err() {
             missed::count(Missed::MapErrors);
         }
@@ -154,7 +166,12 @@ fn exit() -> Option<()> {
     }
     let state = INSTANCES.get_ptr_mut(member.instance)?;
     close(tgid, state);
-    tell(EventKind::Exit, tgid, member.instance, kernel::exit_code_of(task));
+    tell(
+        EventKind::Exit,
+        tgid,
+        member.instance,
+        kernel::exit_code_of(task),
+    );
     Some(())
 }
 

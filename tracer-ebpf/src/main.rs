@@ -10,7 +10,10 @@
 #![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
 #![cfg_attr(
     target_arch = "bpf",
-    allow(internal_features, reason = "the BPF target has no atomics in core::sync")
+    allow(
+        internal_features,
+        reason = "the BPF target has no atomics in core::sync"
+    )
 )]
 
 mod atomic;

@@ -50,7 +50,12 @@ pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
         size_bytes: 0,
         out_pointer: 0,
         old_address: 0,
-        old: Block { size_bytes: 0, birth_ns: 0, site: 0, weight: 0 },
+        old: Block {
+            size_bytes: 0,
+            birth_ns: 0,
+            site: 0,
+            weight: 0,
+        },
         old_taken: 0,
         instance: 0,
     };
@@ -74,7 +79,9 @@ pub(crate) fn is_nested(pending: &Pending, stack_pointer: u64) -> bool {
     {
         return false;
     }
-    let Some(instance) = INSTANCES.get_ptr_mut(pending.instance) else { return true };
+    let Some(instance) = INSTANCES.get_ptr_mut(pending.instance) else {
+        return true;
+    };
     let Some(trampoline) = trampoline_of(instance) else {
         missed::count(Missed::TrampolineUnknown);
         return true;

@@ -214,11 +214,11 @@ fn free(ctx: &ProbeContext) -> Option<()> {
 
 #[inline(always)]
 fn is_inside_call(pid_tgid: u64, ctx: &ProbeContext) -> bool {
-    let Some(pending) = PENDING.get_ptr(pid_tgid) else { return false };
+    let Some(pending) = PENDING.get_ptr(pid_tgid) else {
+        return false;
+    };
     // SAFETY: a live map element that only this thread uses, and the program's own context.
-    unsafe {
-        (*pending).return_slot != 0 && pending::is_nested(&*pending, (*ctx.regs).rsp)
-    }
+    unsafe { (*pending).return_slot != 0 && pending::is_nested(&*pending, (*ctx.regs).rsp) }
 }
 
 /// A free of a block that the ledger never had.

@@ -1,6 +1,23 @@
 //! The loader of unfreed: finds the allocators of a process, probes them, keeps the model of what
 //! is allocated and not freed, and reports it.
+//!
+//! The way of a session: [`discover`] finds processes, their files and the allocators in them,
+//! [`probe_point`] decides where probes stand, [`target`] attaches them through [`bpf`],
+//! [`session`] drains what the kernel side says, [`symbolize`] gives names to it, and [`report`]
+//! writes it down. [`commands`] are the verbs, [`args`] their command line.
 
+pub mod args;
 pub mod bpf;
+pub mod calibrate;
+pub mod commands;
+pub mod diagnostics;
 pub mod discover;
+pub mod files;
+pub mod host;
+pub mod preflight;
 pub mod probe_point;
+pub mod report;
+pub mod session;
+pub mod signals;
+pub mod symbolize;
+pub mod target;

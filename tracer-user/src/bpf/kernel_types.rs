@@ -51,7 +51,9 @@ fn offset(btf: &Btf, structure: &str, path: &[&str]) -> anyhow::Result<u32> {
 
 /// Bit offset and type of a member; members of unnamed structures and unions count as its own.
 fn member(btf: &Btf, of: &Type, name: &str) -> Option<(u32, Type)> {
-    let (Type::Struct(structure) | Type::Union(structure)) = of else { return None };
+    let (Type::Struct(structure) | Type::Union(structure)) = of else {
+        return None;
+    };
     for member in &structure.members {
         let found = btf.resolve_chained_type(member).ok()?;
         match btf.resolve_name(member) {
@@ -72,7 +74,10 @@ fn member(btf: &Btf, of: &Type, name: &str) -> Option<(u32, Type)> {
 /// A type without its typedefs and qualifiers.
 fn plain(btf: &Btf, mut of: Type) -> Type {
     while let Type::Typedef(_) | Type::Const(_) | Type::Volatile(_) = of {
-        let Some(inner) = of.as_btf_type().and_then(|of| btf.resolve_chained_type(of).ok()) else {
+        let Some(inner) = of
+            .as_btf_type()
+            .and_then(|of| btf.resolve_chained_type(of).ok())
+        else {
             break;
         };
         of = inner;
@@ -96,6 +101,9 @@ mod tests {
     fn a_missing_field_is_named() {
         let btf = Btf::from_file(VMLINUX_BTF).unwrap();
         let error = offset(&btf, "task_struct", &["no_such_field"]).unwrap_err();
-        assert_eq!(error.to_string(), "this kernel's BTF has no task_struct.no_such_field");
+        assert_eq!(
+            error.to_string(),
+            "this kernel's BTF has no task_struct.no_such_field"
+        );
     }
 }

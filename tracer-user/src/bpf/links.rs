@@ -3,12 +3,7 @@
 //! By `uprobe_multi` links where the kernel has them (one system call for all points of a file,
 //! detached in milliseconds), else by perf links (one a point, about 0.1 s each to detach).
 
-use std::{
-    num::NonZeroU32,
-    os::fd::OwnedFd,
-    path::Path,
-    thread,
-};
+use std::{num::NonZeroU32, os::fd::OwnedFd, path::Path, thread};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
@@ -35,8 +30,12 @@ pub enum ProbeProgram {
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 4] =
-        [Self::AllocEnter, Self::AllocExit, Self::FreeEnter, Self::LoaderReport];
+    const ALL: [Self; 4] = [
+        Self::AllocEnter,
+        Self::AllocExit,
+        Self::FreeEnter,
+        Self::LoaderReport,
+    ];
 
     /// Name in the BPF object.
     #[must_use]
@@ -92,17 +91,22 @@ pub enum Attacher {
 }
 
 impl Attacher {
-    /// Finds out what the kernel has, by trying, and loads the programs accordingly.
-    pub fn load(object: &[u8], ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        let maps: Vec<_> = super::tracer::map_descriptors(ebpf);
+    /// Finds out what the kernel has, by trying, and loads the programs accordingly; `perf` leaves
+    /// out `uprobe_multi`.
+    pub fn load(object: &[u8], ebpf: &mut Ebpf, perf: bool) -> anyhow::Result<Self> {
         let names = ProbeProgram::ALL.map(ProbeProgram::name);
-        match uprobe_multi::Programs::load(object, &maps, &names) {
-            Ok(programs) if programs.are_usable() => return Ok(Self::Multi(programs)),
-            Ok(_) => log::info!("this kernel has no uprobe_multi links"),
-            Err(error) => log::info!("no uprobe_multi links: {error:#}"),
+        if !perf {
+            let maps = super::tracer::map_descriptors(ebpf);
+            match uprobe_multi::Programs::load(object, &maps, &names) {
+                Ok(programs) if programs.are_usable() => return Ok(Self::Multi(programs)),
+                Ok(_) => log::info!("this kernel has no uprobe_multi links"),
+                Err(error) => log::info!("no uprobe_multi links: {error:#}"),
+            }
         }
         for name in names {
-            uprobe(ebpf, name)?.load().with_context(|| format!("failed to load program {name}"))?;
+            uprobe(ebpf, name)?
+                .load()
+                .with_context(|| format!("failed to load program {name}"))?;
         }
         Ok(Self::Perf)
     }
@@ -129,14 +133,26 @@ impl Attacher {
             return Ok(Vec::new());
         }
         let context = || {
-            format!("failed to attach {} to {} of PID {pid}", program.name(), file.display())
+            format!(
+                "failed to attach {} to {} of PID {pid}",
+                program.name(),
+                file.display()
+            )
         };
         match self {
             Self::Multi(programs) => {
-                let points: Vec<_> =
-                    points.iter().map(|point| (point.file_offset, point.cookie)).collect();
+                let points: Vec<_> = points
+                    .iter()
+                    .map(|point| (point.file_offset, point.cookie))
+                    .collect();
                 let link = programs
-                    .attach(program.name(), file, &points, program.is_return(), pid.get())
+                    .attach(
+                        program.name(),
+                        file,
+                        &points,
+                        program.is_return(),
+                        pid.get(),
+                    )
                     .with_context(context)?;
                 Ok(vec![Link::Multi(link)])
             }
@@ -160,7 +176,8 @@ impl Attacher {
 }
 
 fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut UProbe> {
-    let program =
-        ebpf.program_mut(name).ok_or_else(|| anyhow!("the BPF object has no program {name}"))?;
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| anyhow!("the BPF object has no program {name}"))?;
     Ok(program.try_into()?)
 }

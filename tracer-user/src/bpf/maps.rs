@@ -29,7 +29,10 @@ unsafe impl<T: Pod + Send> Send for MappedArray<T> {}
 impl<T: Pod> MappedArray<T> {
     /// Maps the first `elements` elements.
     pub fn new(map: &MapData, elements: usize) -> io::Result<Self> {
-        assert!(size_of::<T>().is_multiple_of(8), "the kernel pads elements to 8 bytes");
+        assert!(
+            size_of::<T>().is_multiple_of(8),
+            "the kernel pads elements to 8 bytes"
+        );
         let length_bytes = (elements * size_of::<T>()).next_multiple_of(page_bytes());
         // SAFETY: a new shared mapping of the map's memory; the result is checked.
         let base = unsafe {
@@ -46,11 +49,20 @@ impl<T: Pod> MappedArray<T> {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
-        Ok(Self { base, length_bytes, elements, _elements: PhantomData })
+        Ok(Self {
+            base,
+            length_bytes,
+            elements,
+            _elements: PhantomData,
+        })
     }
 
     fn element(&self, index: usize) -> *mut T {
-        assert!(index < self.elements, "element {index} of {}", self.elements);
+        assert!(
+            index < self.elements,
+            "element {index} of {}",
+            self.elements
+        );
         // SAFETY: inside the mapping, which is page-aligned, and `T`'s size a multiple of 8.
         unsafe { self.base.as_ptr().add(index * size_of::<T>()).cast() }
     }
@@ -116,8 +128,15 @@ pub fn for_each<K: Pod, V: Pod>(
             // SAFETY: the kernel wrote `read` elements of these sizes; any bit pattern is a value.
             let (key, value) = unsafe {
                 (
-                    keys.as_ptr().add(index * size_of::<K>()).cast::<K>().read_unaligned(),
-                    values.as_ptr().add(index * size_of::<V>()).cast::<V>().read_unaligned(),
+                    keys.as_ptr()
+                        .add(index * size_of::<K>())
+                        .cast::<K>()
+                        .read_unaligned(),
+                    values
+                        .as_ptr()
+                        .add(index * size_of::<V>())
+                        .cast::<V>()
+                        .read_unaligned(),
                 )
             };
             visit(key, value);

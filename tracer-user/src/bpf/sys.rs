@@ -15,9 +15,18 @@ fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
     // SAFETY: the attributes are valid for the command, and what they point to outlives the call:
     // each caller below builds them from borrowed slices.
     let result = unsafe {
-        libc::syscall(libc::SYS_bpf, command as u32, std::ptr::from_mut(attr), size_of::<bpf_attr>())
+        libc::syscall(
+            libc::SYS_bpf,
+            command as u32,
+            std::ptr::from_mut(attr),
+            size_of::<bpf_attr>(),
+        )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 fn zeroed() -> bpf_attr {
@@ -96,7 +105,11 @@ pub(super) fn link_uprobe_multi(
     multi.offsets = offsets.as_ptr() as u64;
     multi.cookies = cookies.as_ptr() as u64;
     multi.cnt = offsets.len() as u32;
-    multi.flags = if returns { BPF_F_UPROBE_MULTI_RETURN } else { 0 };
+    multi.flags = if returns {
+        BPF_F_UPROBE_MULTI_RETURN
+    } else {
+        0
+    };
     multi.pid = pid;
     link.attach_type = bpf_attach_type::BPF_TRACE_UPROBE_MULTI as u32;
     bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(owned)
@@ -113,7 +126,9 @@ pub(super) fn map_lookup_batch(
 ) -> io::Result<(usize, bool)> {
     let mut next = 0u64;
     let mut attr = zeroed();
-    attr.batch.in_batch = cursor.as_ref().map_or(0, |cursor| std::ptr::from_ref(cursor) as u64);
+    attr.batch.in_batch = cursor
+        .as_ref()
+        .map_or(0, |cursor| std::ptr::from_ref(cursor) as u64);
     attr.batch.out_batch = std::ptr::from_mut(&mut next) as u64;
     attr.batch.keys = keys.as_mut_ptr() as u64;
     attr.batch.values = values.as_mut_ptr() as u64;

@@ -74,7 +74,9 @@ pub struct Tracer {
 
 impl Tracer {
     /// Loads programs and maps into the kernel. Nothing is attached to any process yet.
-    pub fn load(limits: Limits) -> anyhow::Result<Self> {
+    ///
+    /// `perf_links` attaches by perf links even where the kernel has `uprobe_multi`.
+    pub fn load(limits: Limits, perf_links: bool) -> anyhow::Result<Self> {
         let mut config = Config {
             min_size_bytes: limits.min_size_bytes,
             max_size_bytes: limits.max_size_bytes,
@@ -83,7 +85,11 @@ impl Tracer {
         };
         kernel_types::offsets(&mut config)?;
         // Without it the programs' log statements are dead code that the verifier removes.
-        let log_level: u8 = if log::log_enabled!(log::Level::Debug) { 4 } else { 0 };
+        let log_level: u8 = if log::log_enabled!(log::Level::Debug) {
+            4
+        } else {
+            0
+        };
         let mut ebpf = EbpfLoader::new()
             .override_global(CONFIG_SYMBOL, &config, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
@@ -102,12 +108,14 @@ impl Tracer {
                 .program_mut(name)
                 .ok_or_else(|| anyhow!("the BPF object has no program {name}"))?
                 .try_into()?;
-            program.load().with_context(|| format!("failed to load BPF program {name}"))?;
+            program
+                .load()
+                .with_context(|| format!("failed to load BPF program {name}"))?;
             program
                 .attach(name)
                 .with_context(|| format!("failed to attach to the kernel's tracepoint {name}"))?;
         }
-        let attacher = Attacher::load(OBJECT, &mut ebpf)?;
+        let attacher = Attacher::load(OBJECT, &mut ebpf, perf_links)?;
         let instances = MappedArray::new(data(&ebpf, "INSTANCES")?, MAX_INSTANCES as usize)
             .context("failed to map the instances")?;
         let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
@@ -131,7 +139,10 @@ impl Tracer {
 
     /// The ring buffer of events; can be taken once.
     pub fn take_events(&mut self) -> anyhow::Result<RingBuf<MapData>> {
-        let map = self.ebpf.take_map("EVENTS").ok_or_else(|| anyhow!("events taken already"))?;
+        let map = self
+            .ebpf
+            .take_map("EVENTS")
+            .ok_or_else(|| anyhow!("events taken already"))?;
         Ok(RingBuf::try_from(map)?)
     }
 
@@ -149,7 +160,8 @@ impl Tracer {
         points: &[Point],
         pid: NonZeroU32,
     ) -> anyhow::Result<Vec<Link>> {
-        self.attacher.attach(&mut self.ebpf, program, file, points, pid)
+        self.attacher
+            .attach(&mut self.ebpf, program, file, points, pid)
     }
 
     /// Opens an instance for a process; it does not record before [`Tracer::arm`].
@@ -160,18 +172,36 @@ impl Tracer {
         }
         self.next_instance += 1;
         let overflow_site = self.reserve_site(instance)?;
-        let state = Instance { flags, overflow_site, ..Instance::default() };
+        let state = Instance {
+            flags,
+            overflow_site,
+            ..Instance::default()
+        };
         // SAFETY: no program uses this instance before the membership below names it.
-        unsafe { self.instances.pointer(instance as usize).write_volatile(state) };
+        unsafe {
+            self.instances
+                .pointer(instance as usize)
+                .write_volatile(state)
+        };
         self.processes()?
-            .insert(pid, Membership { instance, borrowed: 0 }, 0)
+            .insert(
+                pid,
+                Membership {
+                    instance,
+                    borrowed: 0,
+                },
+                0,
+            )
             .with_context(|| format!("failed to register PID {pid}"))?;
         Ok(instance)
     }
 
     /// Sets a site aside that takes an instance's blocks when the table is full.
     fn reserve_site(&mut self, instance: u32) -> anyhow::Result<u32> {
-        let map = self.ebpf.map_mut("SITE_COUNT").ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
+        let map = self
+            .ebpf
+            .map_mut("SITE_COUNT")
+            .ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
         let mut count: Array<&mut MapData, u32> = Array::try_from(map)?;
         let id = count.get(&0, 0)?;
         if id >= self.max_sites {
@@ -229,18 +259,26 @@ impl Tracer {
         // SAFETY: as in `flags`.
         let stops = unsafe { AtomicU32::from_ptr(&raw mut (*state).stops) };
         stops
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |stops| stops.checked_sub(1))
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |stops| {
+                stops.checked_sub(1)
+            })
             .is_ok()
     }
 
     fn processes(&mut self) -> anyhow::Result<HashMap<&mut MapData, u32, Membership>> {
-        let map = self.ebpf.map_mut("PROCESSES").ok_or_else(|| anyhow!("no map PROCESSES"))?;
+        let map = self
+            .ebpf
+            .map_mut("PROCESSES")
+            .ok_or_else(|| anyhow!("no map PROCESSES"))?;
         Ok(HashMap::try_from(map)?)
     }
 
     /// Sites handed out so far.
     pub fn site_count(&self) -> anyhow::Result<u32> {
-        let map = self.ebpf.map("SITE_COUNT").ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
+        let map = self
+            .ebpf
+            .map("SITE_COUNT")
+            .ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
         let count: Array<&MapData, u32> = Array::try_from(map)?;
         Ok(count.get(&0, 0)?.min(self.max_sites))
     }
@@ -253,7 +291,10 @@ impl Tracer {
 
     /// Missed events so far, all counters.
     pub fn missed(&self) -> anyhow::Result<Vec<(Missed, u64)>> {
-        let map = self.ebpf.map("MISSED").ok_or_else(|| anyhow!("no map MISSED"))?;
+        let map = self
+            .ebpf
+            .map("MISSED")
+            .ok_or_else(|| anyhow!("no map MISSED"))?;
         let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
         Missed::ALL
             .iter()
@@ -263,7 +304,8 @@ impl Tracer {
 
     /// Visits every live block, some thousand a system call.
     pub fn for_each_block(&self, visit: impl FnMut(BlockKey, Block)) -> anyhow::Result<()> {
-        for_each(data(&self.ebpf, "LEDGER")?.fd().as_fd(), visit).context("failed to read the ledger")
+        for_each(data(&self.ebpf, "LEDGER")?.fd().as_fd(), visit)
+            .context("failed to read the ledger")
     }
 
     /// Forgets the live blocks of an ended instance, whose figures have been read, so that they
@@ -275,7 +317,10 @@ impl Tracer {
                 keys.push(key);
             }
         })?;
-        let map = self.ebpf.map_mut("LEDGER").ok_or_else(|| anyhow!("no map LEDGER"))?;
+        let map = self
+            .ebpf
+            .map_mut("LEDGER")
+            .ok_or_else(|| anyhow!("no map LEDGER"))?;
         let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
         let mut purged = 0;
         for key in keys {
@@ -302,10 +347,9 @@ fn data<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a MapData> {
 pub(super) fn map_descriptors(ebpf: &Ebpf) -> Vec<(String, RawFd)> {
     ebpf.maps()
         .filter_map(|(name, map)| match map {
-            Map::Array(data)
-            | Map::HashMap(data)
-            | Map::PerCpuArray(data)
-            | Map::RingBuf(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
+            Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
+                Some((name.to_owned(), data.fd().as_fd().as_raw_fd()))
+            }
             _ => None,
         })
         .collect()
@@ -334,7 +378,10 @@ fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
 /// The clock that the programs use.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: a valid clock and a place for the result.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64

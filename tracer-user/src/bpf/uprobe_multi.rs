@@ -34,7 +34,9 @@ impl Programs {
     pub fn load(object: &[u8], maps: &[(String, RawFd)], names: &[&str]) -> anyhow::Result<Self> {
         let mut object = Object::parse(object).context("failed to parse the BPF object")?;
         let btf = match aya::features().btf() {
-            Some(features) => object.fixup_and_sanitize_btf(features)?.map(|btf| btf.to_bytes()),
+            Some(features) => object
+                .fixup_and_sanitize_btf(features)?
+                .map(|btf| btf.to_bytes()),
             None => None,
         };
         let btf = btf
@@ -42,7 +44,11 @@ impl Programs {
             .transpose()
             .context("failed to load the object's BTF")?;
 
-        let text_sections = object.functions.keys().map(|(section, _)| *section).collect();
+        let text_sections = object
+            .functions
+            .keys()
+            .map(|(section, _)| *section)
+            .collect();
         let definitions: Vec<_> = object.maps.drain().collect();
         let descriptors: HashMap<&str, RawFd> =
             maps.iter().map(|(name, fd)| (name.as_str(), *fd)).collect();
@@ -81,7 +87,9 @@ impl Programs {
     /// that knows them looks at the path first, others refuse the attach type.
     #[must_use]
     pub fn are_usable(&self) -> bool {
-        let Some(program) = self.programs.values().next() else { return false };
+        let Some(program) = self.programs.values().next() else {
+            return false;
+        };
         let error = sys::link_uprobe_multi(program.as_fd(), c"/", &[0], &[0], false, 0).err();
         // "/" is no regular file.
         error.is_some_and(|error| error.raw_os_error() == Some(libc::EBADF))

@@ -56,20 +56,54 @@ impl Call {
 }
 
 const fn alloc(name: &'static str, size: u8) -> Signature {
-    Signature { name, call: Call::Alloc { size, count: None, old: None } }
+    Signature {
+        name,
+        call: Call::Alloc {
+            size,
+            count: None,
+            old: None,
+        },
+    }
 }
 
 const fn free(name: &'static str) -> Signature {
-    Signature { name, call: Call::Free { pointer: 0 } }
+    Signature {
+        name,
+        call: Call::Free { pointer: 0 },
+    }
 }
 
 /// The C allocator, completely: ISO C, POSIX, and what glibc and the BSDs add.
 pub const C_ALLOCATOR: &[Signature] = &[
     alloc("malloc", 0),
-    Signature { name: "calloc", call: Call::Alloc { size: 1, count: Some(0), old: None } },
-    Signature { name: "realloc", call: Call::Alloc { size: 1, count: None, old: Some(0) } },
-    Signature { name: "reallocarray", call: Call::Alloc { size: 2, count: Some(1), old: Some(0) } },
-    Signature { name: "posix_memalign", call: Call::AllocTo { size: 2, out: 0 } },
+    Signature {
+        name: "calloc",
+        call: Call::Alloc {
+            size: 1,
+            count: Some(0),
+            old: None,
+        },
+    },
+    Signature {
+        name: "realloc",
+        call: Call::Alloc {
+            size: 1,
+            count: None,
+            old: Some(0),
+        },
+    },
+    Signature {
+        name: "reallocarray",
+        call: Call::Alloc {
+            size: 2,
+            count: Some(1),
+            old: Some(0),
+        },
+    },
+    Signature {
+        name: "posix_memalign",
+        call: Call::AllocTo { size: 2, out: 0 },
+    },
     alloc("aligned_alloc", 1),
     alloc("memalign", 1),
     alloc("valloc", 0),

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fs::File, path::Path};
 
 use anyhow::{Context as _, anyhow};
 use object::{
-    Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _,
-    ObjectSymbol as _, ReadCache, SymbolKind,
+    Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _, ObjectSymbol as _,
+    ReadCache, SymbolKind,
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
@@ -135,8 +135,8 @@ const MAX_SURVEY_BYTES: u64 = 256 << 20;
 impl Module {
     /// Reads a file.
     pub fn read(path: &Path, search: &Search) -> anyhow::Result<Self> {
-        let file = File::open(path)
-            .with_context(|| format!("failed to open {}", path.display()))?;
+        let file =
+            File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
         let cache = ReadCache::new(file);
         let elf = Elf::parse(&cache)
             .map_err(|error| anyhow!("{} is no 64-bit ELF file: {error}", path.display()))?;
@@ -154,10 +154,19 @@ impl Module {
         let is_glibc_loader = loader_report.is_some() && !defines_printf(&elf);
         // glibc's loader has had an allocator of its own for the time before libc is there; what it
         // allocates is never freed through libc's.
-        let found = if is_glibc_loader { BTreeMap::new() } else { find(&elf, search) };
+        let found = if is_glibc_loader {
+            BTreeMap::new()
+        } else {
+            find(&elf, search)
+        };
         let functions = place(&elf, found, search)
             .with_context(|| format!("failed to read the code of {}", path.display()))?;
-        Ok(Self { build_id, functions, loader_report, traits })
+        Ok(Self {
+            build_id,
+            functions,
+            loader_report,
+            traits,
+        })
     }
 
     /// Whether it has allocator functions.
@@ -231,12 +240,16 @@ fn place(
     }
     let ranges: Vec<_> = found
         .iter()
-        .map(|(address, found)| *address..address.saturating_add(found.size.min(MAX_FUNCTION_BYTES)))
+        .map(|(address, found)| {
+            *address..address.saturating_add(found.size.min(MAX_FUNCTION_BYTES))
+        })
         .collect();
     let outside = survey(elf, &ranges)?;
     let mut functions = Vec::new();
     for (((address, found), range), outside) in found.into_iter().zip(&ranges).zip(&outside) {
-        let Some(file_offset) = file_offset(elf, address) else { continue };
+        let Some(file_offset) = file_offset(elf, address) else {
+            continue;
+        };
         let code = code(elf, range.start, range.end - range.start).unwrap_or_default();
         let call = found.signature.call;
         let arguments = call.arguments();
@@ -254,19 +267,29 @@ fn place(
             outside_targets: outside.as_deref().unwrap_or(&unknown),
             emulation: search.emulation,
         });
-        functions.push(Function { names: found.names, call, address, file_offset, probe_point });
+        functions.push(Function {
+            names: found.names,
+            call,
+            address,
+            file_offset,
+            probe_point,
+        });
     }
     Ok(functions)
 }
 
 /// Bytes at an address of the file's own address space.
 fn code<'a>(elf: &Elf<'a>, address: u64, length: u64) -> Option<&'a [u8]> {
-    elf.segments().find_map(|segment| segment.data_range(address, length).ok().flatten())
+    elf.segments()
+        .find_map(|segment| segment.data_range(address, length).ok().flatten())
 }
 
 /// Jumps from elsewhere in the code into each of the functions; None where the code is too large
 /// to look.
-fn survey(elf: &Elf<'_>, functions: &[std::ops::Range<u64>]) -> anyhow::Result<Vec<Option<Vec<u64>>>> {
+fn survey(
+    elf: &Elf<'_>,
+    functions: &[std::ops::Range<u64>],
+) -> anyhow::Result<Vec<Option<Vec<u64>>>> {
     let mut targets = vec![Some(Vec::new()); functions.len()];
     let executable = elf.segments().filter(|segment| match segment.flags() {
         object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,

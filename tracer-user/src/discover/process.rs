@@ -36,18 +36,30 @@ pub struct Mapping {
 }
 
 impl Process {
-    /// Looks at a process. Each reason why it cannot be traced is an error that says what to do.
+    /// Looks at a process that a user named. Each reason why it cannot be traced is an error that
+    /// says what to do.
     pub fn inspect(pid: u32) -> anyhow::Result<Self> {
-        if pid == std::process::id() {
+        let process = Self::look(pid)?;
+        if is_unfreed(pid) {
             bail!("PID {pid} is unfreed itself, which it never traces");
         }
+        Ok(process)
+    }
+
+    /// As [`Process::inspect`], but our own program is as good as any other.
+    pub fn look(pid: u32) -> anyhow::Result<Self> {
         let process = open(pid)?;
-        let stat = process.stat().with_context(|| format!("failed to read PID {pid}"))?;
+        let stat = process
+            .stat()
+            .with_context(|| format!("failed to read PID {pid}"))?;
         if stat.pid != stat.tgid_or_pid(&process) {
             bail!("{pid} is a thread, not a process: give the PID of its process");
         }
         if stat.state == 'Z' || stat.state == 'X' {
-            bail!("PID {pid} ({}) has ended and only waits for its parent to notice", stat.comm);
+            bail!(
+                "PID {pid} ({}) has ended and only waits for its parent to notice",
+                stat.comm
+            );
         }
         const PF_KTHREAD: u32 = 0x0020_0000;
         if stat.flags & PF_KTHREAD != 0 {
@@ -59,10 +71,21 @@ impl Process {
         let exe = process
             .exe()
             .map_err(|error| anyhow::anyhow!("failed to read the program of PID {pid}: {error}"))?;
-        if is_unfreed(pid) {
-            bail!("PID {pid} is unfreed itself, which it never traces");
+        Ok(Self {
+            pid,
+            exe: without_deleted_mark(exe),
+            comm: stat.comm,
+        })
+    }
+
+    /// A child of ours that has not executed its program yet.
+    #[must_use]
+    pub fn before_exec(pid: u32) -> Self {
+        Self {
+            pid,
+            exe: PathBuf::new(),
+            comm: String::new(),
         }
-        Ok(Self { pid, exe: without_deleted_mark(exe), comm: stat.comm })
     }
 
     /// The files that the process has mapped now.
@@ -74,13 +97,18 @@ impl Process {
             .into_iter()
             .filter(|map| map.inode != 0)
             .filter_map(|map| {
-                let MMapPath::Path(path) = map.pathname else { return None };
+                let MMapPath::Path(path) = map.pathname else {
+                    return None;
+                };
                 Some(Mapping {
                     start: map.address.0,
                     end: map.address.1,
                     file_offset: map.offset,
                     executable: map.perms.contains(MMPermissions::EXECUTE),
-                    file: FileId { device: map.dev, inode: map.inode },
+                    file: FileId {
+                        device: map.dev,
+                        inode: map.inode,
+                    },
                     path: without_deleted_mark(path),
                 })
             })
@@ -93,7 +121,10 @@ impl Mapping {
     /// whichever mount namespace it is in.
     #[must_use]
     pub fn map_file(&self, pid: u32) -> PathBuf {
-        PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", self.start, self.end))
+        PathBuf::from(format!(
+            "/proc/{pid}/map_files/{:x}-{:x}",
+            self.start, self.end
+        ))
     }
 }
 
@@ -123,7 +154,9 @@ fn open(pid: u32) -> anyhow::Result<ProcProcess> {
 fn is_unfreed(pid: u32) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let identity = |path: String| {
-        std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+        std::fs::metadata(path)
+            .ok()
+            .map(|metadata| (metadata.dev(), metadata.ino()))
     };
     let theirs = identity(format!("/proc/{pid}/exe"));
     theirs.is_some() && theirs == identity("/proc/self/exe".to_owned())
@@ -131,7 +164,10 @@ fn is_unfreed(pid: u32) -> bool {
 
 /// A path without the kernel's " (deleted)".
 fn without_deleted_mark(path: PathBuf) -> PathBuf {
-    match path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
+    match path
+        .to_str()
+        .and_then(|path| path.strip_suffix(" (deleted)"))
+    {
         Some(path) => PathBuf::from(path),
         None => path,
     }
@@ -162,7 +198,9 @@ mod tests {
     fn our_own_mappings_contain_our_program() {
         let exe = std::env::current_exe().unwrap();
         let mappings = Process::mappings(std::process::id()).unwrap();
-        let code = mappings.iter().find(|mapping| mapping.executable && mapping.path == exe);
+        let code = mappings
+            .iter()
+            .find(|mapping| mapping.executable && mapping.path == exe);
         assert!(code.is_some_and(|code| code.map_file(std::process::id()).exists()));
     }
 }

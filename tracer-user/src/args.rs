@@ -1,0 +1,273 @@
+//! The command line, alone in its file, so that help, man page and completions come from it.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  unfreed demo                          see what it does, on a leaking server of its own
+  unfreed attach 4242                   trace a running process; Ctrl-C prints the report
+  unfreed attach 4242 --duration 60     the same, for a minute
+  unfreed run -- ./server --port 80     trace a program from its first allocation to its exit
+  unfreed doctor 4242                   what would be probed there, what it costs, is it safe";
+
+const DEFAULT_MAX_LIVE: u32 = 1 << 20;
+const DEFAULT_MAX_SITES: u32 = 1 << 14;
+
+/// Finds memory leaks in running processes, from outside: nothing is recompiled, restarted,
+/// injected or stopped.
+///
+/// unfreed puts uprobes on malloc, free and their like in the processes you name, keeps the ledger
+/// of live blocks inside the kernel, and reports by call stack what was allocated and not freed.
+#[derive(Debug, Parser)]
+#[command(name = "unfreed", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// Say more about what is done; twice for the BPF programs' own log
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Trace a program from its start to its exit
+    #[command(after_help = "\
+The program's input and output are untouched; the report goes to standard error or to -o FILE.
+unfreed ends with the program's exit status (128+n if signal n killed it), 126 if it could not be
+executed, 127 if it was not found, 125 if unfreed itself failed.
+
+Examples:
+  unfreed run -- ./server --port 80
+  unfreed run --format json -o leaks.json -- python3 job.py")]
+    Run(Run),
+    /// Trace processes that are running
+    #[command(after_help = "\
+A table is printed every --interval seconds; Ctrl-C, --duration, --count or the end of the
+processes ends the session with the final report. The processes run on undisturbed.
+
+Examples:
+  unfreed attach 4242
+  unfreed attach 4242 4243 --duration 300 -T 20
+  unfreed attach 4242 --older 30000       only blocks that are older than half a minute
+  unfreed attach 4242 --format json -o report.json --duration 60")]
+    Attach(Attach),
+    /// Check what this host can do, and what would be probed in a process
+    #[command(after_help = "\
+Examples:
+  unfreed doctor
+  unfreed doctor 4242 --format json")]
+    Doctor(Doctor),
+    /// Trace a small leaking server for some seconds, to see what unfreed does
+    Demo(Demo),
+    /// The leaking server of `demo`
+    #[command(name = "demo-server", hide = true)]
+    DemoServer,
+}
+
+/// Form of a report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// For programs (docs/reports.md describes it)
+    Json,
+}
+
+/// Where the report goes and what it shows.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct ReportOptions {
+    /// Write the report to FILE
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Show the N sites that hold most (text only; JSON has them all)
+    #[arg(short = 'T', long = "limit", value_name = "N", default_value_t = 10)]
+    pub limit: usize,
+    /// Count only blocks that have been live for at least MS milliseconds
+    #[arg(long, value_name = "MS")]
+    pub older: Option<u64>,
+}
+
+/// What is traced and recorded.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct TraceOptions {
+    /// Do not record blocks smaller than N bytes
+    #[arg(short = 'z', long, value_name = "N", default_value_t = 0)]
+    pub min_size: u64,
+    /// Do not record blocks larger than N bytes
+    #[arg(short = 'Z', long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
+    pub max_size: u64,
+    /// Probe only the allocator in this file (a path, or the file's name)
+    #[arg(short = 'O', long, value_name = "FILE")]
+    pub object: Option<PathBuf>,
+    /// Also probe functions named PREFIXmalloc, PREFIXfree and so on (`je_`)
+    #[arg(short = 'S', long, value_name = "PREFIX")]
+    pub symbol_prefix: Option<String>,
+    /// Live blocks that the ledger has room for (about 104 bytes of kernel memory each)
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_LIVE,
+          value_parser = clap::value_parser!(u32).range(16..=1 << 28))]
+    pub max_live: u32,
+    /// Different stacks that there is room for (about 1 kB of kernel memory each)
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SITES,
+          value_parser = clap::value_parser!(u32).range(16..=1 << 22))]
+    pub max_sites: u32,
+    /// Trace even where `unfreed doctor` says that it is dangerous
+    #[arg(long)]
+    pub force: bool,
+    /// Attach by perf links even where the kernel has uprobe_multi
+    #[arg(long, hide = true)]
+    pub perf_links: bool,
+}
+
+impl Default for TraceOptions {
+    fn default() -> Self {
+        Self {
+            min_size: 0,
+            max_size: u64::MAX,
+            object: None,
+            symbol_prefix: None,
+            max_live: DEFAULT_MAX_LIVE,
+            max_sites: DEFAULT_MAX_SITES,
+            force: false,
+            perf_links: false,
+        }
+    }
+}
+
+/// `unfreed run`.
+#[derive(Debug, ClapArgs)]
+pub struct Run {
+    /// Reporting
+    #[command(flatten)]
+    pub report: ReportOptions,
+    /// Tracing
+    #[command(flatten)]
+    pub trace: TraceOptions,
+    /// The program and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// `unfreed attach`.
+#[derive(Debug, ClapArgs)]
+pub struct Attach {
+    /// Processes to trace
+    #[arg(value_name = "PID", required_unless_present = "pid")]
+    pub pids: Vec<u32>,
+    /// A process to trace (the same as naming it without -p)
+    #[arg(short, long = "pid", value_name = "PID")]
+    pub pid: Vec<u32>,
+    /// Seconds between tables
+    #[arg(long, value_name = "S", default_value = "10", value_parser = seconds)]
+    pub interval: Duration,
+    /// Tables to print before the session ends
+    #[arg(long, value_name = "N")]
+    pub count: Option<u64>,
+    /// Seconds after which the session ends
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub duration: Option<Duration>,
+    /// Reporting
+    #[command(flatten)]
+    pub report: ReportOptions,
+    /// Tracing
+    #[command(flatten)]
+    pub trace: TraceOptions,
+}
+
+impl Attach {
+    /// Every process named, each once, in the order given.
+    #[must_use]
+    pub fn all_pids(&self) -> Vec<u32> {
+        let mut all = Vec::new();
+        for pid in self.pid.iter().chain(&self.pids) {
+            if !all.contains(pid) {
+                all.push(*pid);
+            }
+        }
+        all
+    }
+}
+
+/// `unfreed doctor`.
+#[derive(Debug, ClapArgs)]
+pub struct Doctor {
+    /// Processes to look at
+    #[arg(value_name = "PID")]
+    pub pids: Vec<u32>,
+    /// Form of the answer
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Write the answer to FILE
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// `unfreed demo`.
+#[derive(Debug, ClapArgs)]
+pub struct Demo {
+    /// Seconds to trace
+    #[arg(long, value_name = "S", default_value = "5", value_parser = seconds)]
+    pub duration: Duration,
+    /// Reporting
+    #[command(flatten)]
+    pub report: ReportOptions,
+}
+
+/// A positive number of seconds, fractions allowed.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| format!("'{text}' is no number of seconds"))?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("it must be more than 0 seconds".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn pids_are_taken_from_both_places_once() {
+        let args = Args::try_parse_from(["unfreed", "attach", "-p", "7", "8", "7"]).unwrap();
+        let Command::Attach(attach) = args.command else {
+            panic!("not attach")
+        };
+        assert_eq!(attach.all_pids(), [7, 8]);
+    }
+
+    #[test]
+    fn options_of_the_traced_command_are_left_to_it() {
+        let args = Args::try_parse_from(["unfreed", "run", "--", "ls", "-o", "-T"]).unwrap();
+        let Command::Run(run) = args.command else {
+            panic!("not run")
+        };
+        assert_eq!(run.command, ["ls", "-o", "-T"]);
+    }
+
+    #[test]
+    fn fractions_of_a_second_are_durations() {
+        assert_eq!(seconds("0.05"), Ok(Duration::from_millis(50)));
+        assert!(seconds("0").is_err() && seconds("-1").is_err() && seconds("x").is_err());
+    }
+}

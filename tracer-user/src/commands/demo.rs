@@ -1,0 +1,125 @@
+//! `unfreed demo`: a leaking server, traced before your eyes.
+
+use std::{
+    hint::black_box,
+    io,
+    process::{Child, Command, ExitCode, Stdio},
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+
+use super::{
+    attach::{Plan, trace},
+    block_on, say,
+};
+use crate::{
+    args::{Demo, Format, TraceOptions},
+    discover::process::Process,
+    report,
+};
+
+/// Starts the server, traces it for some seconds, and explains what was found.
+pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
+    report::check_output(&args.report)?;
+    let server = Server::start()?;
+    let pid = server.0.id();
+    if args.report.format == Format::Text {
+        say(format_args!(
+            "A small server was started as PID {pid}. It answers 2,000 requests a second and \
+             forgets one session in ten.\nThis is what `unfreed attach {pid} --duration {}` makes \
+             of it:\n",
+            args.duration.as_secs_f64()
+        ));
+    }
+    let plan = Plan {
+        interval: args.duration.mul_f64(0.45).max(Duration::from_millis(200)),
+        count: None,
+        duration: Some(args.duration),
+        report: &args.report,
+        trace: &TraceOptions::default(),
+    };
+    let report = block_on(trace("demo", vec![Process::look(pid)?], &plan))?;
+    report.give(&args.report, &mut io::stdout())?;
+    if args.report.format == Format::Text {
+        say(
+            "\nSite #1 is the leak: `open_session` in commands/demo.rs keeps allocating and little of \
+             it is freed.\nThe requests' own buffers were freed and do not appear. Try it on a \
+             process of yours:\n  unfreed doctor PID\n  unfreed attach PID",
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The server; ended when dropped.
+struct Server(Child);
+
+impl Server {
+    fn start() -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("failed to find our own program")?;
+        let child = Command::new(program)
+            .arg("demo-server")
+            .stdin(Stdio::piped())
+            .spawn()
+            .context("failed to start the demo's server")?;
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The leaking server itself. Ends with the one who started it.
+pub fn server() -> anyhow::Result<ExitCode> {
+    thread::spawn(|| {
+        // The other end is closed when the starter is gone, however it went.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        std::process::exit(0);
+    });
+    for number in 0_u64.. {
+        handle_request(number);
+        thread::sleep(Duration::from_micros(450));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a user of the server has open.
+struct Session {
+    user: u64,
+    cart: Vec<u64>,
+}
+
+#[inline(never)]
+fn handle_request(number: u64) {
+    let query = parse_query(number);
+    let session = open_session(query.len() as u64 ^ number);
+    if number.is_multiple_of(10) {
+        // The bug: a session that ended in an error is forgotten instead of closed.
+        std::mem::forget(black_box(session));
+    } else {
+        close_session(session);
+    }
+}
+
+#[inline(never)]
+fn parse_query(number: u64) -> Vec<String> {
+    black_box(vec![format!("/cart/{number}"), "GET".to_owned()])
+}
+
+#[inline(never)]
+fn open_session(user: u64) -> Box<Session> {
+    black_box(Box::new(Session {
+        user,
+        cart: vec![user; 64],
+    }))
+}
+
+#[inline(never)]
+fn close_session(session: Box<Session>) {
+    black_box(session.user + session.cart.len() as u64);
+}

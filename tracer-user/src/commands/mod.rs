@@ -1,0 +1,46 @@
+//! The verbs.
+
+pub mod attach;
+pub mod demo;
+pub mod doctor;
+pub mod run;
+
+use std::{fmt::Display, io::Write as _, process::ExitCode};
+
+use anyhow::Context as _;
+
+use crate::args::{Args, Command};
+
+/// Exit status for a failure of unfreed itself under `run`, where others belong to the program.
+const RUN_FAILED: u8 = 125;
+
+/// Does what the command line says. Failures are told on standard error, in one line.
+#[must_use]
+pub fn dispatch(args: &Args) -> ExitCode {
+    let (result, failed) = match &args.command {
+        Command::Run(args) => (run::run(args), RUN_FAILED),
+        Command::Attach(args) => (attach::attach(args), 1),
+        Command::Doctor(args) => (doctor::doctor(args), 1),
+        Command::Demo(args) => (demo::demo(args), 1),
+        Command::DemoServer => (demo::server(), 1),
+    };
+    result.unwrap_or_else(|error| {
+        say(format_args!("unfreed: {error:#}"));
+        ExitCode::from(failed)
+    })
+}
+
+/// Tells the user something, on standard error: standard output is for reports.
+fn say(message: impl Display) {
+    // Nobody listens any more: nothing to be done.
+    let _ = writeln!(std::io::stderr(), "{message}");
+}
+
+/// Runs a session's future; everything happens on this one thread.
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the event loop")?
+        .block_on(future)
+}

@@ -1,0 +1,19 @@
+//! What `-v` shows: our own log on standard error, and with `-vv` the BPF programs'.
+
+use log::LevelFilter;
+
+/// Starts logging at a verbosity: 0 warnings, 1 what is done, 2 and more everything.
+pub fn init(verbosity: u8) {
+    let ours = match verbosity {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        _ => LevelFilter::Debug,
+    };
+    env_logger::Builder::new()
+        .filter_level(LevelFilter::Error)
+        .filter_module("tracer_user", ours)
+        // The BPF programs log under the names of their modules.
+        .filter_module("unfreed_bpf", ours)
+        .format_timestamp(None)
+        .init();
+}

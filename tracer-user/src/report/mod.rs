@@ -1,0 +1,258 @@
+//! What a session found: one value, and the forms it is given in.
+//!
+//! Every form is a pure function of [`Report`]. The value's serialization is the JSON report, whose
+//! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
+
+mod text;
+mod units;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Write},
+    path::Path,
+};
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use crate::args::{Format, ReportOptions};
+
+/// Version of the JSON form.
+pub const SCHEMA: &str = "unfreed.report/1";
+
+/// Everything a session found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// [`SCHEMA`].
+    pub schema: &'static str,
+    /// Of unfreed.
+    pub version: &'static str,
+    /// The verb: `run`, `attach`.
+    pub command: &'static str,
+    /// When tracing began, RFC 3339.
+    pub started: String,
+    /// How long it went on, in seconds.
+    pub duration_s: f64,
+    /// `exact`: every call was recorded.
+    pub mode: &'static str,
+    /// What was left out on the user's wish.
+    pub filters: Filters,
+    /// Where it ran.
+    pub host: HostFacts,
+    /// What was not seen, by counter.
+    pub missed_events: BTreeMap<&'static str, u64>,
+    /// Frees of blocks that the ledger never had.
+    pub untracked_frees: u64,
+    /// One entry a process instance.
+    pub processes: Vec<ProcessReport>,
+}
+
+/// What was left out on the user's wish; absent where nothing was.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Filters {
+    /// Smaller blocks were not recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_size_bytes: Option<u64>,
+    /// Larger blocks were not recorded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_size_bytes: Option<u64>,
+    /// `live_*` of sites count only blocks at least this old.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub older_ms: Option<u64>,
+    /// Only this file's allocator was probed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
+    /// Functions with this prefix were probed too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub symbol_prefix: Option<String>,
+}
+
+/// Where a session ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HostFacts {
+    /// Kernel release.
+    pub kernel: String,
+    /// Measured cost of one hit of an emulated probe, in nanoseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trap_ns: Option<u32>,
+}
+
+/// One process instance.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ProcessReport {
+    /// Its PID.
+    pub pid: u32,
+    /// Its program.
+    pub exe: String,
+    /// The kernel's short name of it.
+    pub comm: String,
+    /// How it ended; null while it runs or if it was replaced by `exec`.
+    pub exit: Option<Exit>,
+    /// Whether it was replaced by another program (`exec`).
+    pub replaced_by_exec: bool,
+    /// Children forked that were not traced.
+    pub untraced_children: u32,
+    /// Over all sites.
+    pub totals: Totals,
+    /// By how much they matter: bytes not freed.
+    pub sites: Vec<SiteReport>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Exit {
+    /// Exit status, if it exited.
+    pub code: Option<i32>,
+    /// Signal number, if one killed it.
+    pub signal: Option<i32>,
+}
+
+impl Exit {
+    /// From a wait status as the kernel encodes it.
+    #[must_use]
+    pub const fn from_wait_status(status: u32) -> Self {
+        let signal = (status & 0x7f) as i32;
+        if signal == 0 {
+            Self {
+                code: Some((status >> 8 & 0xff) as i32),
+                signal: None,
+            }
+        } else {
+            Self {
+                code: None,
+                signal: Some(signal),
+            }
+        }
+    }
+}
+
+/// Sums over a process's sites.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Blocks allocated; a successful `realloc` counts as one, and as one free.
+    pub allocs: u64,
+    /// Blocks freed.
+    pub frees: u64,
+    /// Bytes allocated.
+    pub alloc_bytes: u64,
+    /// Bytes freed.
+    pub freed_bytes: u64,
+    /// Blocks not freed.
+    pub live_blocks: u64,
+    /// Bytes not freed.
+    pub live_bytes: u64,
+    /// Highest `live_bytes` at an interval's end.
+    pub peak_live_bytes: u64,
+}
+
+/// One call stack.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct SiteReport {
+    /// The same for the same stack of the same binaries, in every session.
+    pub id: String,
+    /// Blocks allocated here.
+    pub allocs: u64,
+    /// Of these, freed.
+    pub frees: u64,
+    /// Bytes allocated here.
+    pub alloc_bytes: u64,
+    /// Of these, freed.
+    pub freed_bytes: u64,
+    /// Blocks not freed.
+    pub live_blocks: u64,
+    /// Bytes not freed.
+    pub live_bytes: u64,
+    /// Age of the oldest block not freed, in seconds; null if there is none.
+    pub oldest_s: Option<f64>,
+    /// Frees that were not seen here: the figures above may be off by as many.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub missed_frees: u64,
+    /// The allocator's caller first.
+    pub stack: Vec<Frame>,
+    /// Whether the stack ends before the thread's start, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stack_cut: Option<&'static str>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over a reference"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// One function of a stack.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Frame {
+    /// Its demangled name; null without a symbol.
+    pub function: Option<String>,
+    /// Source file.
+    pub file: Option<String>,
+    /// Line of the call in it.
+    pub line: Option<u32>,
+    /// File name of the program or library.
+    pub module: Option<String>,
+    /// GNU build ID of it.
+    pub build_id: Option<String>,
+    /// Offset of the return address in the file.
+    pub offset: Option<u64>,
+    /// Whether the function was inlined into the next frame's.
+    pub inlined: bool,
+    /// The return address, where it belongs to no file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<u64>,
+}
+
+impl Report {
+    /// Writes the report where and how the options say; to `otherwise` without `-o`.
+    pub fn give(&self, options: &ReportOptions, otherwise: &mut dyn Write) -> anyhow::Result<()> {
+        match &options.output {
+            None => match self.write(options, otherwise) {
+                // The reader has seen enough.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+                result => result.context("failed to write the report"),
+            },
+            Some(path) => {
+                let context = || format!("failed to write the report to {}", path.display());
+                let mut file = create(path).with_context(context)?;
+                self.write(options, &mut file).with_context(context)
+            }
+        }
+    }
+
+    fn write(&self, options: &ReportOptions, to: &mut dyn Write) -> io::Result<()> {
+        let mut to = io::BufWriter::new(to);
+        match options.format {
+            Format::Text => text::write(self, options.limit, &mut to)?,
+            Format::Json => {
+                serde_json::to_writer_pretty(&mut to, self)?;
+                writeln!(to)?;
+            }
+        }
+        to.flush()
+    }
+
+    /// One table of the sites that hold most now, for a session that goes on.
+    pub fn write_interim(&self, limit: usize, to: &mut dyn Write) -> io::Result<()> {
+        text::write_interim(self, limit, to)
+    }
+}
+
+/// Opens the output before a session begins: a path that cannot be written is an error at once, not
+/// after an hour.
+pub fn check_output(options: &ReportOptions) -> anyhow::Result<()> {
+    if let Some(path) = &options.output {
+        File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .with_context(|| format!("failed to open {} for the report", path.display()))?;
+    }
+    Ok(())
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::create(path)
+}

@@ -1,0 +1,311 @@
+//! The report for people.
+
+use std::io::{self, Write};
+
+use tracer_common::missed::Missed;
+
+use super::{
+    Exit, Frame, ProcessReport, Report, SiteReport,
+    units::{bytes, count, counted, duration},
+};
+
+/// Writes the final report with at most `limit` sites a process.
+pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
+    for process in &report.processes {
+        write_process(report, process, limit, to)?;
+    }
+    write_honesty(report, to)
+}
+
+fn write_process(
+    report: &Report,
+    process: &ProcessReport,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let totals = &process.totals;
+    writeln!(
+        to,
+        "PID {} {} ({}) traced for {}{}",
+        process.pid,
+        process.comm,
+        process.exe,
+        duration(report.duration_s),
+        ending(process)
+    )?;
+    writeln!(to)?;
+    writeln!(to, "  {:<10}{:>16}{:>13}", "", "blocks", "bytes")?;
+    let mut row = |name: &str, blocks: u64, size: u64, note: &str| {
+        writeln!(
+            to,
+            "  {name:<10}{:>16}{:>13}{note}",
+            count(blocks),
+            bytes(size)
+        )
+    };
+    row("allocated", totals.allocs, totals.alloc_bytes, "")?;
+    row("freed", totals.frees, totals.freed_bytes, "")?;
+    let peak = format!("   (at most {} at once)", bytes(totals.peak_live_bytes));
+    row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
+    writeln!(to)?;
+    if process.untraced_children > 0 {
+        let children = counted(u64::from(process.untraced_children), "forked process");
+        let plural = if process.untraced_children == 1 {
+            "was"
+        } else {
+            "es were"
+        };
+        writeln!(to, "  {children}{plural} not traced.\n")?;
+    }
+
+    let holding: Vec<_> = process
+        .sites
+        .iter()
+        .filter(|site| site.live_blocks > 0)
+        .collect();
+    match report.filters.older_ms {
+        _ if holding.is_empty() && totals.allocs == 0 => {
+            return writeln!(to, "  Nothing was allocated while it was traced.\n");
+        }
+        Some(older_ms) if holding.is_empty() => {
+            return writeln!(to, "  No block that was not freed is {older_ms} ms old.\n");
+        }
+        None if holding.is_empty() => {
+            return writeln!(to, "  Everything that was allocated was freed.\n");
+        }
+        Some(older_ms) => writeln!(
+            to,
+            "Where the blocks were allocated that are at least {} old and not freed:",
+            duration(older_ms as f64 / 1e3)
+        )?,
+        None => writeln!(
+            to,
+            "Where the blocks were allocated that were not freed, most bytes first:"
+        )?,
+    }
+    writeln!(to)?;
+    let digits = holding.len().min(limit).to_string().len();
+    for (rank, site) in holding.iter().take(limit).enumerate() {
+        write_site(rank + 1, digits, site, to)?;
+    }
+    if holding.len() > limit {
+        let rest = &holding[limit..];
+        writeln!(
+            to,
+            "  … and {} more with {} in {} (-T {} shows them).\n",
+            counted(rest.len() as u64, "site"),
+            bytes(rest.iter().map(|site| site.live_bytes).sum()),
+            counted(rest.iter().map(|site| site.live_blocks).sum(), "block"),
+            holding.len()
+        )?;
+    }
+    Ok(())
+}
+
+/// How the process ended, as a clause.
+fn ending(process: &ProcessReport) -> String {
+    match process.exit {
+        _ if process.replaced_by_exec => ", until it started another program".to_owned(),
+        Some(Exit {
+            code: Some(code), ..
+        }) => format!(", until it exited with status {code}"),
+        Some(Exit {
+            signal: Some(signal),
+            ..
+        }) => format!(", until signal {signal} killed it"),
+        _ => String::new(),
+    }
+}
+
+fn write_site(rank: usize, digits: usize, site: &SiteReport, to: &mut dyn Write) -> io::Result<()> {
+    let oldest = site
+        .oldest_s
+        .map(|age| format!(", oldest {}", duration(age)))
+        .unwrap_or_default();
+    writeln!(
+        to,
+        "  #{rank:<digits$}  {} in {}   ({} allocated, {} freed{oldest})",
+        bytes(site.live_bytes),
+        counted(site.live_blocks, "block"),
+        count(site.allocs),
+        count(site.frees),
+    )?;
+    let shown = without_rust_runtime(&site.stack);
+    let width = shown
+        .iter()
+        .map(|frame| name(frame).chars().count())
+        .max()
+        .unwrap_or(0)
+        .min(44);
+    for frame in shown {
+        let name = name(frame);
+        let place = place(frame);
+        writeln!(
+            to,
+            "{}",
+            format!("       {name:<width$}  {place}").trim_end()
+        )?;
+    }
+    if site.stack.is_empty() {
+        writeln!(to, "       (stacks that found no room in the site table)")?;
+    }
+    if let Some(cut) = site.stack_cut {
+        writeln!(to, "       … ({cut})")?;
+    }
+    if site.missed_frees > 0 {
+        writeln!(
+            to,
+            "       ! {} not seen here",
+            counted(site.missed_frees, "free")
+        )?;
+    }
+    writeln!(to)
+}
+
+/// The stack without what is the same in every Rust program: the allocator's own functions, inlined
+/// before the one that asked it, and the runtime's below the marker that Rust's short backtraces
+/// end at.
+fn without_rust_runtime(stack: &[Frame]) -> &[Frame] {
+    let function = |frame: &Frame| frame.function.clone().unwrap_or_default();
+    let is_allocator = |frame: &&Frame| {
+        frame.inlined
+            && ["alloc::", "<alloc::", "<T as alloc::"]
+                .iter()
+                .any(|of| function(frame).starts_with(of))
+    };
+    let start = stack.iter().take_while(is_allocator).count();
+    let is_runtime = |frame: &Frame| function(frame).contains("__rust_begin_short_backtrace");
+    let mut end = stack.iter().position(is_runtime).unwrap_or(stack.len());
+    while end > start && function(&stack[end - 1]).starts_with("core::ops::function::") {
+        end -= 1;
+    }
+    if start < end {
+        &stack[start..end]
+    } else {
+        stack
+    }
+}
+
+fn name(frame: &Frame) -> String {
+    match (&frame.function, &frame.module, frame.offset, frame.address) {
+        (Some(function), ..) => function.clone(),
+        (None, Some(module), Some(offset), _) => format!("{module}+{offset:#x}"),
+        (None, _, _, Some(address)) => format!("{address:#x}"),
+        _ => "?".to_owned(),
+    }
+}
+
+/// Source line if there is one, else the module.
+fn place(frame: &Frame) -> String {
+    let inlined = if frame.inlined { " (inlined)" } else { "" };
+    match (&frame.file, frame.line) {
+        (Some(file), Some(line)) => {
+            let short = file.rsplit('/').next().unwrap_or(file);
+            format!("{short}:{line}{inlined}")
+        }
+        _ => match (&frame.function, &frame.module) {
+            (Some(_), Some(module)) => format!("[{module}]{inlined}"),
+            _ => String::new(),
+        },
+    }
+}
+
+/// What the figures do not contain.
+fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    if report.untracked_frees > 0 {
+        let why =
+            if report.filters.min_size_bytes.is_some() || report.filters.max_size_bytes.is_some() {
+                "or left out by size"
+            } else {
+                "and so not counted"
+            };
+        writeln!(
+            to,
+            "{} of blocks from before tracing began, {why}.",
+            counted(report.untracked_frees, "free")
+        )?;
+    }
+    let missed: Vec<_> = Missed::ALL
+        .iter()
+        .filter_map(|missed| {
+            let number = *report.missed_events.get(missed.name())?;
+            (number > 0).then_some((*missed, number))
+        })
+        .collect();
+    if missed.is_empty() {
+        writeln!(to, "Every call was seen: the figures are exact.")?;
+    } else {
+        writeln!(to, "Not everything was seen:")?;
+        for (missed, number) in missed {
+            writeln!(
+                to,
+                "  {} {}: {}",
+                count(number),
+                missed.name(),
+                missed.effect()
+            )?;
+        }
+    }
+    if report
+        .processes
+        .iter()
+        .any(|process| process.totals.live_blocks > 0)
+    {
+        writeln!(
+            to,
+            "Not freed does not mean leaked: caches and data in use are not freed either. Suspect a \
+             site whose\nbytes keep growing from one report to the next, and whose oldest block is \
+             about as old as the session."
+        )?;
+    }
+    Ok(())
+}
+
+/// One line a site, for a session that goes on.
+pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
+    for process in &report.processes {
+        let totals = &process.totals;
+        writeln!(
+            to,
+            "PID {} {}: after {}, {} in {} not freed",
+            process.pid,
+            process.comm,
+            duration(report.duration_s),
+            bytes(totals.live_bytes),
+            counted(totals.live_blocks, "block"),
+        )?;
+        for site in process
+            .sites
+            .iter()
+            .filter(|site| site.live_blocks > 0)
+            .take(limit)
+        {
+            writeln!(
+                to,
+                "{:>12} {:>9} of {:>9} blocks  {}",
+                bytes(site.live_bytes),
+                count(site.live_blocks),
+                count(site.allocs),
+                callers(&site.stack)
+            )?;
+        }
+        writeln!(to)?;
+    }
+    to.flush()
+}
+
+/// The innermost frames on one line.
+fn callers(stack: &[Frame]) -> String {
+    const SHOWN: usize = 4;
+    let stack = without_rust_runtime(stack);
+    let mut line = stack
+        .iter()
+        .take(SHOWN)
+        .map(name)
+        .collect::<Vec<_>>()
+        .join(" < ");
+    if stack.len() > SHOWN {
+        line.push_str(" < …");
+    }
+    line
+}

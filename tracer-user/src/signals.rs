@@ -1,0 +1,83 @@
+//! Signals as something to wait for, with who sent them.
+
+use anyhow::Context as _;
+use nix::sys::{
+    signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+    signalfd::{SfdFlags, SignalFd},
+};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// A signal that came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Which.
+    pub signal: Signal,
+    /// Whether the terminal sent it, to every process in its foreground at once.
+    pub from_terminal: bool,
+}
+
+/// Signals that are held back from their usual effect, to be waited for.
+#[derive(Debug)]
+pub struct Signals {
+    fd: AsyncFd<SignalFd>,
+    mask_before: SigSet,
+}
+
+impl Signals {
+    /// Holds these signals back, in this thread and those it makes.
+    pub fn hold(signals: &[Signal]) -> anyhow::Result<Self> {
+        let mask: SigSet = signals.iter().copied().collect();
+        let mut mask_before = SigSet::empty();
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), Some(&mut mask_before))
+            .context("failed to hold signals back")?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let fd = SignalFd::with_flags(&mask, flags).context("failed to watch for signals")?;
+        // SAFETY: the signal descriptor is owned and stays open as long as it lives.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+            .context("failed to watch for signals")?;
+        Ok(Self { fd, mask_before })
+    }
+
+    /// The mask as it was, for a child.
+    #[must_use]
+    pub const fn mask_before(&self) -> SigSet {
+        self.mask_before
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&self) -> anyhow::Result<Received> {
+        loop {
+            let mut ready = self
+                .fd
+                .readable()
+                .await
+                .context("failed to wait for signals")?;
+            let read = self
+                .fd
+                .get_ref()
+                .read_signal()
+                .context("failed to read a signal")?;
+            let Some(info) = read else {
+                ready.clear_ready();
+                continue;
+            };
+            let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else {
+                continue;
+            };
+            const SI_KERNEL: i32 = 0x80;
+            return Ok(Received {
+                signal,
+                from_terminal: info.ssi_code == SI_KERNEL,
+            });
+        }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // What is still pending is for whoever waited no more; a second Ctrl-C while a report is
+        // written has its usual effect again.
+        while matches!(self.fd.get_ref().read_signal(), Ok(Some(_))) {}
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_before), None);
+    }
+}

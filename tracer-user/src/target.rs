@@ -1,0 +1,198 @@
+//! One traced process instance: its probes, and what it has mapped.
+
+use std::{collections::HashSet, num::NonZeroU32, path::PathBuf};
+
+use anyhow::{Context as _, bail};
+
+use crate::{
+    bpf::{
+        links::{self, Link, Point, ProbeProgram},
+        tracer::Tracer,
+    },
+    discover::{module::FileId, process::Process},
+    files::{AddressSpace, Files, Segment, is_named},
+    report::Exit,
+};
+
+/// How an instance ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Its last thread exited.
+    Exited(Exit),
+    /// It was replaced by another program.
+    Replaced,
+    /// It is gone, and nobody said how.
+    Gone,
+}
+
+/// A process instance that is traced.
+#[derive(Debug)]
+pub struct Target {
+    /// The process.
+    pub process: Process,
+    /// Its instance's number.
+    pub instance: u32,
+    /// Code that it has mapped.
+    pub space: AddressSpace,
+    /// How it ended, once it has.
+    pub end: Option<End>,
+    /// Highest bytes not freed at an interval's end.
+    pub peak_live_bytes: u64,
+    links: Vec<Link>,
+    loader_hook: Vec<Link>,
+    probed: HashSet<FileId>,
+    probes: usize,
+}
+
+impl Target {
+    /// Opens an instance for a process. Nothing is probed yet.
+    pub fn open(tracer: &mut Tracer, process: Process, flags: u32) -> anyhow::Result<Self> {
+        let instance = tracer.open_instance(process.pid, flags)?;
+        Ok(Self {
+            process,
+            instance,
+            space: AddressSpace::default(),
+            end: None,
+            peak_live_bytes: 0,
+            links: Vec::new(),
+            loader_hook: Vec::new(),
+            probed: HashSet::new(),
+            probes: 0,
+        })
+    }
+
+    fn pid(&self) -> anyhow::Result<NonZeroU32> {
+        NonZeroU32::new(self.process.pid).context("there is no process with PID 0")
+    }
+
+    /// Probes every allocator that is mapped and not yet probed; with `only`, just those in files
+    /// of that name. Gives how many functions are probed in all.
+    pub fn probe_allocators(
+        &mut self,
+        tracer: &mut Tracer,
+        files: &mut Files,
+        only: Option<&PathBuf>,
+    ) -> anyhow::Result<usize> {
+        loop {
+            let new = self.space.refresh(self.process.pid, files)?;
+            if new.is_empty() {
+                return Ok(self.probes);
+            }
+            // What was mapped while these were attached is found the next time round.
+            for segment in new {
+                if only.is_none_or(|only| is_named(&segment.file.path, only)) {
+                    self.probe(tracer, &segment)?;
+                }
+            }
+        }
+    }
+
+    fn probe(&mut self, tracer: &mut Tracer, segment: &Segment) -> anyhow::Result<()> {
+        let Ok(module) = &segment.file.module else {
+            return Ok(());
+        };
+        if !module.has_allocator() || !self.probed.insert(segment.mapping.file) {
+            return Ok(());
+        }
+        let pid = self.pid()?;
+        let path = segment.mapping.map_file(self.process.pid);
+        let (allocating, freeing): (Vec<_>, Vec<_>) = module
+            .functions
+            .iter()
+            .partition(|function| function.call.returns());
+        let points = |functions: &[&crate::discover::module::Function]| -> Vec<Point> {
+            functions
+                .iter()
+                .map(|function| Point {
+                    file_offset: function.probe_file_offset(),
+                    cookie: function.spec().to_cookie(),
+                })
+                .collect()
+        };
+        let (allocating, freeing) = (points(&allocating), points(&freeing));
+        for (program, points) in [
+            (ProbeProgram::AllocExit, &allocating),
+            (ProbeProgram::AllocEnter, &allocating),
+            (ProbeProgram::FreeEnter, &freeing),
+        ] {
+            self.links
+                .extend(tracer.attach(program, &path, points, pid)?);
+        }
+        self.probes += module.functions.len();
+        log::info!(
+            "PID {pid}: probing {} functions of {}",
+            module.functions.len(),
+            segment.file.path.display()
+        );
+        Ok(())
+    }
+
+    /// Functions that are probed.
+    #[must_use]
+    pub const fn probes(&self) -> usize {
+        self.probes
+    }
+
+    /// Whether the dynamic loader is hooked.
+    #[must_use]
+    pub fn has_loader_hook(&self) -> bool {
+        !self.loader_hook.is_empty()
+    }
+
+    /// Has the process stop whenever its dynamic loader reports that libraries were mapped. False
+    /// if no loader is mapped.
+    pub fn hook_loader(&mut self, tracer: &mut Tracer) -> anyhow::Result<bool> {
+        let pid = self.pid()?;
+        for segment in self.space.segments() {
+            let Ok(module) = &segment.file.module else {
+                continue;
+            };
+            let Some(file_offset) = module.loader_report else {
+                continue;
+            };
+            let path = segment.mapping.map_file(self.process.pid);
+            let point = [Point {
+                file_offset,
+                cookie: 0,
+            }];
+            self.loader_hook = tracer.attach(ProbeProgram::LoaderReport, &path, &point, pid)?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Takes the loader's hook away.
+    pub fn unhook_loader(&mut self) {
+        links::detach(std::mem::take(&mut self.loader_hook));
+    }
+
+    /// Fails, saying why, if the process has no allocator that can be probed.
+    pub fn expect_probes(&self, only: Option<&PathBuf>) -> anyhow::Result<()> {
+        if self.probes > 0 {
+            return Ok(());
+        }
+        if let Some(only) = only {
+            bail!(
+                "PID {} has no allocator functions in a mapped file named {} (`unfreed doctor {}` \
+                 lists the files that have some)",
+                self.process.pid,
+                only.display(),
+                self.process.pid
+            );
+        }
+        bail!(
+            "PID {} ({}): no allocator function (malloc, free, …) was found in any file that it \
+             has mapped",
+            self.process.pid,
+            self.process.comm
+        )
+    }
+
+    /// Ends recording and gives the probes to be taken away.
+    pub fn disarm(&mut self, tracer: &Tracer) -> Vec<Link> {
+        tracer.disarm(self.instance);
+        let mut links = std::mem::take(&mut self.links);
+        links.append(&mut self.loader_hook);
+        links
+    }
+}
