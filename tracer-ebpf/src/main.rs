@@ -22,6 +22,7 @@ mod ledger;
 mod lifecycle;
 mod maps;
 mod missed;
+mod nothing;
 mod pending;
 mod probes;
 mod registers;

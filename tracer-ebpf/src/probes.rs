@@ -139,11 +139,15 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
         return None;
     }
 
-    let Some((instance, state)) = armed_instance(pid_tgid) else {
+    // An `exec` would have dropped the call, so the thread is still in the instance it was in.
+    let instance = pending.instance;
+    let state = INSTANCES.get_ptr_mut(instance)?;
+    // SAFETY: a live map element.
+    if unsafe { (*state).flags } & ARMED == 0 {
         // Disarmed meanwhile: the books stay as they were at that moment.
         abandon(pending);
         return None;
-    };
+    }
     pending.return_slot = 0;
     // SAFETY: a live map element.
     let state = unsafe { &*state };

@@ -124,6 +124,9 @@ pub struct TraceOptions {
     /// Attach by perf links even where the kernel has uprobe_multi
     #[arg(long, hide = true)]
     pub perf_links: bool,
+    /// Attach programs that do nothing, to measure what the probes cost by themselves
+    #[arg(long, hide = true)]
+    pub empty_probes: bool,
 }
 
 impl Default for TraceOptions {
@@ -137,6 +140,7 @@ impl Default for TraceOptions {
             max_sites: DEFAULT_MAX_SITES,
             force: false,
             perf_links: false,
+            empty_probes: false,
         }
     }
 }

@@ -64,6 +64,7 @@ pub struct Session {
     stacks: HashMap<u32, Stack>,
     filters: Filters,
     only: Option<PathBuf>,
+    empty_probes: bool,
     started: SystemTime,
     started_ns: u64,
     /// When recording ended.
@@ -115,6 +116,7 @@ impl Session {
                 symbol_prefix: trace.symbol_prefix.clone(),
             },
             only: trace.object.clone(),
+            empty_probes: trace.empty_probes,
             started: SystemTime::now(),
             started_ns: monotonic_ns(),
             stopped_ns: None,
@@ -164,7 +166,12 @@ impl Session {
 
     /// Probes the allocators of a target that are mapped and not yet probed.
     pub fn probe(&mut self, index: usize) -> anyhow::Result<usize> {
-        self.targets[index].probe_allocators(&mut self.tracer, &mut self.files, self.only.as_ref())
+        self.targets[index].probe_allocators(
+            &mut self.tracer,
+            &mut self.files,
+            self.only.as_ref(),
+            self.empty_probes,
+        )
     }
 
     /// Hooks the target's dynamic loader, see [`Target::hook_loader`].

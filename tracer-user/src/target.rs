@@ -66,12 +66,14 @@ impl Target {
     }
 
     /// Probes every allocator that is mapped and not yet probed; with `only`, just those in files
-    /// of that name. Gives how many functions are probed in all.
+    /// of that name, and with `empty_probes` by programs that do nothing. Gives how many functions
+    /// are probed in all.
     pub fn probe_allocators(
         &mut self,
         tracer: &mut Tracer,
         files: &mut Files,
         only: Option<&PathBuf>,
+        empty_probes: bool,
     ) -> anyhow::Result<usize> {
         loop {
             let new = self.space.refresh(self.process.pid, files)?;
@@ -81,13 +83,18 @@ impl Target {
             // What was mapped while these were attached is found the next time round.
             for segment in new {
                 if only.is_none_or(|only| is_named(&segment.file.path, only)) {
-                    self.probe(tracer, &segment)?;
+                    self.probe(tracer, &segment, empty_probes)?;
                 }
             }
         }
     }
 
-    fn probe(&mut self, tracer: &mut Tracer, segment: &Segment) -> anyhow::Result<()> {
+    fn probe(
+        &mut self,
+        tracer: &mut Tracer,
+        segment: &Segment,
+        empty: bool,
+    ) -> anyhow::Result<()> {
         let Ok(module) = &segment.file.module else {
             return Ok(());
         };
@@ -115,6 +122,7 @@ impl Target {
             (ProbeProgram::AllocEnter, &allocating),
             (ProbeProgram::FreeEnter, &freeing),
         ] {
+            let program = if empty { program.doing_nothing() } else { program };
             self.links
                 .extend(tracer.attach(program, &path, points, pid)?);
         }

@@ -27,14 +27,20 @@ pub enum ProbeProgram {
     FreeEnter,
     /// At the dynamic loader's `_dl_debug_state`.
     LoaderReport,
+    /// At an entry, doing nothing: to measure what a probe costs.
+    NothingEnter,
+    /// At a return, doing nothing.
+    NothingExit,
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 6] = [
         Self::AllocEnter,
         Self::AllocExit,
         Self::FreeEnter,
         Self::LoaderReport,
+        Self::NothingEnter,
+        Self::NothingExit,
     ];
 
     /// Name in the BPF object.
@@ -45,11 +51,19 @@ impl ProbeProgram {
             Self::AllocExit => "alloc_exit",
             Self::FreeEnter => "free_enter",
             Self::LoaderReport => "loader_report",
+            Self::NothingEnter => "nothing_enter",
+            Self::NothingExit => "nothing_exit",
         }
     }
 
+    /// The program that stands in for this one when only the probes' own cost is wanted.
+    #[must_use]
+    pub const fn doing_nothing(self) -> Self {
+        if self.is_return() { Self::NothingExit } else { Self::NothingEnter }
+    }
+
     const fn is_return(self) -> bool {
-        matches!(self, Self::AllocExit)
+        matches!(self, Self::AllocExit | Self::NothingExit)
     }
 }
 
