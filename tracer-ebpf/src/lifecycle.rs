@@ -101,17 +101,19 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
         return None;
     }
     let child = kernel::tgid_of(ctx.arg(0))?;
+    let state = INSTANCES.get_ptr_mut(parent.instance)?;
     if flags & CLONE_VM != 0 {
         let borrowed = Membership {
             instance: parent.instance,
             borrowed: 1,
         };
+        // SAFETY: an aligned field of a live map element.
+        unsafe { add_u32(&raw mut (*state).borrowers, 1) };
         if PROCESSES.insert(child, borrowed, 0).is_err() {
             missed::count(Missed::MapErrors);
         }
         return None;
     }
-    let state = INSTANCES.get_ptr_mut(parent.instance)?;
     // SAFETY: an aligned field of a live map element.
     unsafe { add_u32(&raw mut (*state).forks, 1) };
     tell(EventKind::Fork, tgid, parent.instance, child);
@@ -158,6 +160,9 @@ fn exit() -> Option<()> {
     drop_pending(pid_tgid);
     let task = kernel::current_task();
     if kernel::live_threads_of(task)? != 0 {
+        if pid_tgid as u32 == tgid && member.borrowed == 0 {
+            tell(EventKind::MainThreadExit, tgid, member.instance, 0);
+        }
         return None;
     }
     if member.borrowed != 0 {

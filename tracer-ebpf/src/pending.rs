@@ -29,6 +29,10 @@ pub(crate) struct Pending {
     pub(crate) old_taken: u32,
     /// Instance that the call was made in.
     pub(crate) instance: u32,
+    /// Not 0 if the thread has left for another place of its stack, or another stack (`longjmp`,
+    /// `setcontext`), since the call was entered.
+    pub(crate) jumped: u32,
+    pub(crate) padding: u32,
 }
 
 /// A nested call lies at most this far below the call that it is nested in.
@@ -58,6 +62,8 @@ pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
         },
         old_taken: 0,
         instance: 0,
+        jumped: 0,
+        padding: 0,
     };
     let _ = PENDING.insert(pid_tgid, idle, u64::from(BPF_NOEXIST));
     let pending = PENDING.get_ptr_mut(pid_tgid);
@@ -70,11 +76,13 @@ pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
 /// Whether a call entered with this stack pointer happens inside the pending call.
 ///
 /// It does if it lies on the same stack at or below the pending call (at, for a tail call) *and*
-/// the pending call's return slot still holds the trampoline. Otherwise the pending call was
-/// abandoned: nothing will ever return to it.
+/// the pending call's return slot still holds the trampoline, and the thread has not jumped since:
+/// an abandoned call's slot stays as it was until something overwrites it. Otherwise the pending
+/// call was abandoned: nothing will ever return to it.
 #[inline(always)]
 pub(crate) fn is_nested(pending: &Pending, stack_pointer: u64) -> bool {
-    if stack_pointer > pending.return_slot
+    if pending.jumped != 0
+        || stack_pointer > pending.return_slot
         || pending.return_slot - stack_pointer > MAX_NESTING_BYTES
     {
         return false;

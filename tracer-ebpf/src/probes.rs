@@ -77,8 +77,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     let size_bytes = if cookie.count() == NO_REGISTER {
         size
     } else {
-        // An overflowing product makes every allocator fail; the value is then never used.
-        size.wrapping_mul(registers.get(cookie.count()))
+        product(size, registers.get(cookie.count()))
     };
     pending.cookie = cookie.0;
     pending.size_bytes = size_bytes;
@@ -93,8 +92,30 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         pending.old = block;
         pending.old_taken = 1;
     }
+    pending.jumped = 0;
     pending.return_slot = stack_pointer;
     Some(())
+}
+
+/// Product that stays at the largest value where it overflows: every allocator fails then, and it
+/// must not look like a size of 0.
+///
+/// By halves, because the compiler makes a 128-bit multiplication of any simpler check, which BPF
+/// does not have.
+#[inline(always)]
+fn product(a: u64, b: u64) -> u64 {
+    let (a_high, a_low) = (a >> 32, a & 0xffff_ffff);
+    let (b_high, b_low) = (b >> 32, b & 0xffff_ffff);
+    if a_high != 0 && b_high != 0 {
+        return u64::MAX;
+    }
+    let cross = a_high * b_low + b_high * a_low;
+    if cross >> 32 != 0 {
+        return u64::MAX;
+    }
+    let low = a_low * b_low;
+    let product = (cross << 32).wrapping_add(low);
+    if product < low { u64::MAX } else { product }
 }
 
 /// What an abandoned `realloc` had taken is put back: nobody said that it was freed.
@@ -206,23 +227,42 @@ fn free(ctx: &ProbeContext) -> Option<()> {
     }
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    match ledger::take(instance, address) {
-        Some(block) => ledger::count_free(state, &block),
-        // Inside an allocator's call it is the allocator's own business (`realloc` frees the old
-        // block, which was taken out at its entry).
-        None if is_inside_call(pid_tgid, ctx) => {}
-        None => untracked_free(state),
+    if let Some(block) = ledger::take(instance, address) {
+        ledger::count_free(state, &block);
+        return Some(());
     }
+    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid) {
+        // SAFETY: a live map element that only this thread uses, and the program's own context.
+        let (pending, stack_pointer) = unsafe { (&mut *pending, (*ctx.regs).rsp) };
+        if pending.return_slot != 0 {
+            if pending::is_nested(pending, stack_pointer) {
+                // The allocator's own business: `realloc` frees the old block, which was taken out
+                // at its entry.
+                return None;
+            }
+            // An abandoned `realloc` may have taken this very block.
+            missed::count(Missed::AbandonedCalls);
+            abandon(pending);
+            if let Some(block) = ledger::take(instance, address) {
+                ledger::count_free(state, &block);
+                return Some(());
+            }
+        }
+    }
+    untracked_free(state);
     Some(())
 }
 
-#[inline(always)]
-fn is_inside_call(pid_tgid: u64, ctx: &ProbeContext) -> bool {
-    let Some(pending) = PENDING.get_ptr(pid_tgid) else {
-        return false;
-    };
-    // SAFETY: a live map element that only this thread uses, and the program's own context.
-    unsafe { (*pending).return_slot != 0 && pending::is_nested(&*pending, (*ctx.regs).rsp) }
+/// Entry of a function that leaves for another place of the stack or another stack: `longjmp`,
+/// `setcontext`, `swapcontext`.
+#[uprobe]
+pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
+    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid()) {
+        // SAFETY: a live map element that only this thread uses. Without a pending call the mark
+        // has no meaning.
+        unsafe { (*pending).jumped = 1 };
+    }
+    0
 }
 
 /// A free of a block that the ledger never had.

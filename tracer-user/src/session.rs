@@ -239,16 +239,31 @@ impl Session {
                 kind if kind == EventKind::Exit as u32 => {
                     target.end = Some(End::Exited(Exit::from_wait_status(header.detail)));
                 }
+                kind if kind == EventKind::MainThreadExit as u32 => {
+                    target.main_thread_exited = true;
+                }
                 // Forks are counted in the instance; following them is for later.
                 _ => {}
             }
         }
     }
 
+    /// Takes the probes of ended instances away. After an `exec` they would be hit by the new
+    /// program: the kernel tells processes by their PID.
+    pub fn detach_ended(&mut self) {
+        let Self { targets, tracer, .. } = self;
+        let links = targets
+            .iter_mut()
+            .filter(|target| target.end.is_some() && target.is_probed())
+            .flat_map(|target| target.disarm(tracer))
+            .collect();
+        links::detach(links);
+    }
+
     /// Looks whether targets are gone whose end was not heard of.
     pub fn notice_gone(&mut self) {
         for target in &mut self.targets {
-            if target.end.is_none() && Process::look(target.process.pid).is_err() {
+            if target.end.is_none() && !Process::is_alive(target.process.pid) {
                 target.end = Some(End::Gone);
             }
         }
@@ -339,6 +354,7 @@ impl Session {
                     ages: &ages,
                     now_ns,
                     older,
+                    sees_vfork: self.tracer.attacher().sees_vfork(),
                 },
                 &mut self.names,
             ));
@@ -406,6 +422,8 @@ struct SiteContext<'a> {
     ages: &'a HashMap<u32, Ages>,
     now_ns: u64,
     older: bool,
+    /// Whether calls of children that borrow the memory are seen.
+    sees_vfork: bool,
 }
 
 fn process_report(
@@ -448,6 +466,8 @@ fn process_report(
         },
         replaced_by_exec: target.end == Some(End::Replaced),
         untraced_children: state.forks,
+        unseen_vfork_children: if context.sees_vfork { 0 } else { state.borrowers },
+        main_thread_exited: target.main_thread_exited,
         totals,
         sites: site_reports,
     }

@@ -33,7 +33,8 @@ impl Names {
             .enable_auto_reload(false)
             .enable_code_info(true)
             .enable_inlined_fns(true)
-            .enable_demangling(true)
+            // blazesym takes any name for a mangled one: a C function `t` becomes "unsigned short".
+            .enable_demangling(false)
             .build();
         Self {
             symbolizer,
@@ -92,17 +93,32 @@ impl Names {
         let mut frames = Vec::with_capacity(symbol.inlined.len() + 1);
         for inlined in symbol.inlined.iter().rev() {
             frames.push(Frame {
-                function: Some(inlined.name.to_string()),
+                function: Some(demangled(&inlined.name)),
                 inlined: true,
                 ..with_source(&nameless, inlined.code_info.as_ref())
             });
         }
         frames.push(Frame {
-            function: Some(symbol.name.to_string()),
+            function: Some(demangled(&symbol.name)),
             ..with_source(&nameless, symbol.code_info.as_deref())
         });
         frames
     }
+}
+
+/// The name as in the source, of C++ and Rust functions.
+fn demangled(name: &str) -> String {
+    if let Ok(rust) = rustc_demangle::try_demangle(name) {
+        // Without the hash that tells equal functions of different crates apart.
+        return format!("{rust:#}");
+    }
+    if name.starts_with("_Z")
+        && let Ok(symbol) = cpp_demangle::Symbol::new(name)
+        && let Ok(readable) = symbol.demangle()
+    {
+        return readable;
+    }
+    name.to_owned()
 }
 
 fn with_source(frame: &Frame, code: Option<&CodeInfo<'_>>) -> Frame {
@@ -110,5 +126,18 @@ fn with_source(frame: &Frame, code: Option<&CodeInfo<'_>>) -> Frame {
         file: code.map(|code| code.to_path().to_string_lossy().into_owned()),
         line: code.and_then(|code| code.line),
         ..frame.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_mangled_names_are_demangled() {
+        assert_eq!(demangled("t"), "t");
+        assert_eq!(demangled("_Z3addii"), "add(int, int)");
+        assert_eq!(demangled("_ZN4core3fmt5write17h0123456789abcdefE"), "core::fmt::write");
+        assert_eq!(demangled("_Znot_mangled"), "_Znot_mangled");
     }
 }

@@ -9,7 +9,8 @@ use crate::{
         links::{self, Link, Point, ProbeProgram},
         tracer::Tracer,
     },
-    discover::{module::FileId, process::Process},
+    discover::{
+        allocators::Call,module::FileId, process::Process},
     files::{AddressSpace, Files, Segment, is_named},
     report::Exit,
 };
@@ -36,6 +37,9 @@ pub struct Target {
     pub space: AddressSpace,
     /// How it ended, once it has.
     pub end: Option<End>,
+    /// Whether its main thread ended while others went on. The kernel tells a process by its main
+    /// thread's memory, so from then on it may take the probes away.
+    pub main_thread_exited: bool,
     /// Highest bytes not freed at an interval's end.
     pub peak_live_bytes: u64,
     links: Vec<Link>,
@@ -53,6 +57,7 @@ impl Target {
             instance,
             space: AddressSpace::default(),
             end: None,
+            main_thread_exited: false,
             peak_live_bytes: 0,
             links: Vec::new(),
             loader_hook: Vec::new(),
@@ -103,33 +108,32 @@ impl Target {
         }
         let pid = self.pid()?;
         let path = segment.mapping.map_file(self.process.pid);
-        let (allocating, freeing): (Vec<_>, Vec<_>) = module
-            .functions
-            .iter()
-            .partition(|function| function.call.returns());
-        let points = |functions: &[&crate::discover::module::Function]| -> Vec<Point> {
-            functions
+        let points = |wanted: fn(Call) -> bool| -> Vec<Point> {
+            module
+                .functions
                 .iter()
+                .filter(|function| wanted(function.call))
                 .map(|function| Point {
                     file_offset: function.probe_file_offset(),
                     cookie: function.spec().to_cookie(),
                 })
                 .collect()
         };
-        let (allocating, freeing) = (points(&allocating), points(&freeing));
+        let allocating = points(Call::returns);
         for (program, points) in [
             (ProbeProgram::AllocExit, &allocating),
             (ProbeProgram::AllocEnter, &allocating),
-            (ProbeProgram::FreeEnter, &freeing),
+            (ProbeProgram::FreeEnter, &points(|call| matches!(call, Call::Free { .. }))),
+            (ProbeProgram::JumpEnter, &points(|call| call == Call::Jump)),
         ] {
             let program = if empty { program.doing_nothing() } else { program };
             self.links
                 .extend(tracer.attach(program, &path, points, pid)?);
         }
-        self.probes += module.functions.len();
+        self.probes += module.allocator_functions();
         log::info!(
             "PID {pid}: probing {} functions of {}",
-            module.functions.len(),
+            module.allocator_functions(),
             segment.file.path.display()
         );
         Ok(())
@@ -194,6 +198,12 @@ impl Target {
             self.process.pid,
             self.process.comm
         )
+    }
+
+    /// Whether any probe stands.
+    #[must_use]
+    pub fn is_probed(&self) -> bool {
+        !self.links.is_empty()
     }
 
     /// Ends recording and gives the probes to be taken away.

@@ -25,6 +25,8 @@ pub enum ProbeProgram {
     AllocExit,
     /// At functions that free.
     FreeEnter,
+    /// At functions that abandon calls.
+    JumpEnter,
     /// At the dynamic loader's `_dl_debug_state`.
     LoaderReport,
     /// At an entry, doing nothing: to measure what a probe costs.
@@ -34,10 +36,11 @@ pub enum ProbeProgram {
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::AllocEnter,
         Self::AllocExit,
         Self::FreeEnter,
+        Self::JumpEnter,
         Self::LoaderReport,
         Self::NothingEnter,
         Self::NothingExit,
@@ -50,6 +53,7 @@ impl ProbeProgram {
             Self::AllocEnter => "alloc_enter",
             Self::AllocExit => "alloc_exit",
             Self::FreeEnter => "free_enter",
+            Self::JumpEnter => "jump_enter",
             Self::LoaderReport => "loader_report",
             Self::NothingEnter => "nothing_enter",
             Self::NothingExit => "nothing_exit",
@@ -123,6 +127,13 @@ impl Attacher {
                 .with_context(|| format!("failed to load program {name}"))?;
         }
         Ok(Self::Perf)
+    }
+
+    /// Whether calls of a vfork child are seen, which works in its parent's memory under a PID of
+    /// its own: `uprobe_multi` links compare the PID, perf links the memory.
+    #[must_use]
+    pub const fn sees_vfork(&self) -> bool {
+        matches!(self, Self::Perf)
     }
 
     /// What `doctor` calls it.

@@ -155,6 +155,7 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
                 session.drain();
             }
         }
+        session.detach_ended();
         if session.all_ended() {
             return Ok(());
         }

@@ -254,6 +254,7 @@ impl Held<'_> {
                 ));
             }
         }
+        self.session.detach_ended();
         if self.session.targets()[self.current].probes() == 0 {
             // The child before its program, or a program without an allocator.
             self.session.give_up(self.current);

@@ -1,4 +1,4 @@
-//! The functions that allocate and free: their names, and how each is called.
+//! The functions that are probed: their names, and how each is called.
 
 /// A function of the C allocator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,9 @@ pub enum Call {
         /// The block.
         pointer: u8,
     },
+    /// Leaves for another place of the stack, or another stack: what was called in between never
+    /// returns.
+    Jump,
 }
 
 impl Call {
@@ -45,13 +48,14 @@ impl Call {
             }
             Self::AllocTo { size, out } => vec![size, out],
             Self::Free { pointer } => vec![pointer],
+            Self::Jump => Vec::new(),
         }
     }
 
     /// Whether the result matters, so that a return probe is needed.
     #[must_use]
     pub const fn returns(self) -> bool {
-        !matches!(self, Self::Free { .. })
+        matches!(self, Self::Alloc { .. } | Self::AllocTo { .. })
     }
 }
 
@@ -112,6 +116,14 @@ pub const C_ALLOCATOR: &[Signature] = &[
     free("cfree"),
 ];
 
+/// Functions that abandon calls; they are probed where there is an allocator, so that a call that
+/// never returned is known for one.
+const JUMPS: &[Signature] = &[jump("longjmp"), jump("__longjmp_chk"), jump("setcontext"), jump("swapcontext")];
+
+const fn jump(name: &'static str) -> Signature {
+    Signature { name, call: Call::Jump }
+}
+
 /// The function of that name, if it is one; a prefix such as `je_` in front is accepted.
 #[must_use]
 pub fn by_name(name: &str, prefix: Option<&str>) -> Option<&'static Signature> {
@@ -119,7 +131,7 @@ pub fn by_name(name: &str, prefix: Option<&str>) -> Option<&'static Signature> {
         Some(prefix) => name.strip_prefix(prefix).unwrap_or(name),
         None => name,
     };
-    C_ALLOCATOR.iter().find(|signature| signature.name == bare)
+    C_ALLOCATOR.iter().chain(JUMPS).find(|signature| signature.name == bare)
 }
 
 #[cfg(test)]
@@ -136,6 +148,7 @@ mod tests {
 
     #[test]
     fn a_return_probe_is_wanted_by_all_that_allocate() {
+        assert!(!Call::Jump.returns());
         for signature in C_ALLOCATOR {
             assert_eq!(signature.call.returns(), !signature.name.ends_with("free"));
         }

@@ -106,6 +106,7 @@ impl Function {
                 spec.result = ResultKind::OutPointer;
             }
             Call::Free { pointer } => spec.pointer = register(pointer),
+            Call::Jump => {}
         }
         spec
     }
@@ -172,7 +173,13 @@ impl Module {
     /// Whether it has allocator functions.
     #[must_use]
     pub fn has_allocator(&self) -> bool {
-        !self.functions.is_empty()
+        self.allocator_functions() > 0
+    }
+
+    /// Functions that allocate or free, aliases counted once.
+    #[must_use]
+    pub fn allocator_functions(&self) -> usize {
+        self.functions.iter().filter(|function| function.call != Call::Jump).count()
     }
 }
 

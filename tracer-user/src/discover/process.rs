@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use procfs::process::{MMPermissions, MMapPath, Process as ProcProcess};
+use procfs::process::{MMPermissions, MMapPath, Process as ProcProcess, Stat};
 
 use super::module::FileId;
 
@@ -55,9 +55,16 @@ impl Process {
         if stat.pid != stat.tgid_or_pid(&process) {
             bail!("{pid} is a thread, not a process: give the PID of its process");
         }
-        if stat.state == 'Z' || stat.state == 'X' {
+        if is_over(&stat) {
             bail!(
                 "PID {pid} ({}) has ended and only waits for its parent to notice",
+                stat.comm
+            );
+        }
+        if is_zombie(&stat) {
+            bail!(
+                "the main thread of PID {pid} ({}) has ended while others go on: the kernel cannot \
+                 attach probes to such a process",
                 stat.comm
             );
         }
@@ -76,6 +83,12 @@ impl Process {
             exe: without_deleted_mark(exe),
             comm: stat.comm,
         })
+    }
+
+    /// Whether any thread of the process is left.
+    #[must_use]
+    pub fn is_alive(pid: u32) -> bool {
+        open(pid).and_then(|process| Ok(process.stat()?)).is_ok_and(|stat| !is_over(&stat))
     }
 
     /// A child of ours that has not executed its program yet.
@@ -128,11 +141,20 @@ impl Mapping {
     }
 }
 
+fn is_zombie(stat: &Stat) -> bool {
+    matches!(stat.state, 'Z' | 'X')
+}
+
+/// The main thread stays as a zombie while others live.
+fn is_over(stat: &Stat) -> bool {
+    is_zombie(stat) && stat.num_threads <= 1
+}
+
 trait TgidExt {
     fn tgid_or_pid(&self, process: &ProcProcess) -> i32;
 }
 
-impl TgidExt for procfs::process::Stat {
+impl TgidExt for Stat {
     fn tgid_or_pid(&self, process: &ProcProcess) -> i32 {
         process.status().map_or(self.pid, |status| status.tgid)
     }

@@ -93,6 +93,12 @@ pub struct ProcessReport {
     pub replaced_by_exec: bool,
     /// Children forked that were not traced.
     pub untraced_children: u32,
+    /// Children that borrowed the memory until their `exec` (vfork, posix_spawn), where their
+    /// allocator calls could not be seen.
+    pub unseen_vfork_children: u32,
+    /// Whether the main thread ended while others went on: the kernel may then have taken the
+    /// probes away.
+    pub main_thread_exited: bool,
     /// Over all sites.
     pub totals: Totals,
     /// By how much they matter: bytes not freed.

@@ -49,13 +49,26 @@ fn write_process(
     row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
     writeln!(to)?;
     if process.untraced_children > 0 {
-        let children = counted(u64::from(process.untraced_children), "forked process");
-        let plural = if process.untraced_children == 1 {
-            "was"
-        } else {
-            "es were"
-        };
-        writeln!(to, "  {children}{plural} not traced.\n")?;
+        writeln!(
+            to,
+            "  {} of its children went their own way (fork) and were not traced.\n",
+            count(u64::from(process.untraced_children)),
+        )?;
+    }
+    if process.unseen_vfork_children > 0 {
+        writeln!(
+            to,
+            "  ! {} of its children used its memory until they started a program (vfork). What they\n    \
+             allocated or freed in it is not in these figures.\n",
+            count(u64::from(process.unseen_vfork_children)),
+        )?;
+    }
+    if process.main_thread_exited {
+        writeln!(
+            to,
+            "  ! Its main thread ended while others went on. The kernel may have stopped tracing it \
+             then:\n    what came later may be missing from these figures.\n",
+        )?;
     }
 
     let holding: Vec<_> = process
@@ -232,7 +245,11 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
             (number > 0).then_some((*missed, number))
         })
         .collect();
-    if missed.is_empty() {
+    let has_gap =
+        |process: &ProcessReport| process.unseen_vfork_children > 0 || process.main_thread_exited;
+    if missed.is_empty() && report.processes.iter().any(has_gap) {
+        writeln!(to, "But for what is marked with ! above, every call was seen.")?;
+    } else if missed.is_empty() {
         writeln!(to, "Every call was seen: the figures are exact.")?;
     } else {
         writeln!(to, "Not everything was seen:")?;

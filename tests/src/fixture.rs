@@ -1,0 +1,171 @@
+//! Fixtures: small programs in `fixtures/`, compiled when they are first needed.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Stacks are walked by frame pointers, and every call in the source is one in the program.
+const FLAGS: &[&str] = &[
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fno-builtin",
+    "-fno-optimize-sibling-calls",
+    "-fexceptions",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+];
+
+/// A program or library to compile.
+#[derive(Clone, Debug)]
+pub struct Fixture {
+    source: PathBuf,
+    output: String,
+    flags: Vec<String>,
+}
+
+fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+/// Where compiled fixtures are kept: beside the test programs.
+fn build_directory() -> PathBuf {
+    let program = env::current_exe().expect("failed to find the test program");
+    let directory = program
+        .parent()
+        .expect("the test program is in a directory");
+    let parent = directory.parent().unwrap_or(directory);
+    parent.join("fixtures")
+}
+
+impl Fixture {
+    /// The program made of this source: `.c`, `.cc` or `.S`.
+    #[must_use]
+    pub fn new(source: &str) -> Self {
+        let source = sources().join(source);
+        let output = source
+            .file_stem()
+            .and_then(OsStr::to_str)
+            .unwrap_or("fixture")
+            .to_owned();
+        Self {
+            source,
+            output,
+            flags: FLAGS.iter().map(|&flag| flag.to_owned()).collect(),
+        }
+    }
+
+    /// The shared library `libNAME.so` made of the source NAME.
+    #[must_use]
+    pub fn library(source: &str) -> Self {
+        let mut fixture = Self::new(source);
+        fixture.output = format!("lib{}.so", fixture.output);
+        fixture.flag("-shared").flag("-fPIC")
+    }
+
+    /// Adds a compiler flag; libraries go here too, as flags follow the source.
+    #[must_use]
+    pub fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.flags.push(flag.into());
+        self
+    }
+
+    /// Links with a library that was built here, which is found where it is.
+    #[must_use]
+    pub fn linked_with(self, library: &Path) -> Self {
+        let directory = library.parent().unwrap_or(library).display().to_string();
+        self.flag("-Wl,--no-as-needed")
+            .flag(library.display().to_string())
+            .flag(format!("-Wl,-rpath,{directory}"))
+    }
+
+    /// As [`Self::linked_with`], but where to find the library is left to `LD_LIBRARY_PATH`.
+    #[must_use]
+    pub fn linked_with_unplaced(self, library: &Path) -> Self {
+        self.flag("-Wl,--no-as-needed")
+            .flag(library.display().to_string())
+    }
+
+    fn compiler(&self) -> &'static str {
+        if self.source.extension() == Some(OsStr::new("cc")) {
+            "g++"
+        } else {
+            "gcc"
+        }
+    }
+
+    /// Hash of everything that the output depends on, the headers included.
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.flags.hash(&mut hasher);
+        let mut inputs: Vec<PathBuf> = fs::read_dir(sources())
+            .expect("failed to list the fixtures")
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension() == Some(OsStr::new("h")))
+            .collect();
+        inputs.sort();
+        inputs.push(self.source.clone());
+        for input in inputs {
+            let content = fs::read(&input)
+                .unwrap_or_else(|error| panic!("failed to read {}: {error}", input.display()));
+            content.hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// Compiles it, unless that was done before.
+    ///
+    /// # Panics
+    ///
+    /// If it does not compile.
+    #[must_use]
+    pub fn build(&self) -> PathBuf {
+        let directory = build_directory().join(format!("{:016x}", self.fingerprint()));
+        let output = directory.join(&self.output);
+        if output.exists() {
+            return output;
+        }
+        fs::create_dir_all(&directory)
+            .unwrap_or_else(|error| panic!("failed to create {}: {error}", directory.display()));
+        // Renamed when it is whole: tests of other binaries may build the same one.
+        let scratch = tempfile::Builder::new()
+            .prefix(".building")
+            .tempdir_in(&directory)
+            .expect("failed to create a directory");
+        let unfinished = scratch.path().join(&self.output);
+        let mut command = Command::new(self.compiler());
+        if self.flags.iter().any(|flag| flag == "-shared") {
+            command.arg(format!("-Wl,-soname,{}", self.output));
+        }
+        command
+            .arg(&self.source)
+            .args(&self.flags)
+            .arg("-o")
+            .arg(&unfinished);
+        let result = command.output().unwrap_or_else(|error| {
+            panic!(
+                "failed to run {}: {error} (the fixtures need it)",
+                self.compiler()
+            )
+        });
+        assert!(
+            result.status.success(),
+            "failed to compile a fixture: {command:?}\n{}",
+            String::from_utf8_lossy(&result.stderr)
+        );
+        fs::rename(&unfinished, &output).expect("failed to rename a compiled fixture");
+        output
+    }
+}
+
+/// The allocator library of the tests' own.
+#[must_use]
+pub fn own_allocator() -> PathBuf {
+    Fixture::library("own_alloc.c").build()
+}

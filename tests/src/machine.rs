@@ -1,0 +1,44 @@
+//! One measurement at a time: tests of all binaries and threads take turns.
+
+use std::{
+    env,
+    fs::{File, OpenOptions},
+    io,
+    os::fd::AsRawFd as _,
+};
+
+/// The machine, until dropped.
+#[derive(Debug)]
+pub struct Turn {
+    _lock: File,
+}
+
+/// Waits until no other test holds the machine.
+///
+/// Sessions do not disturb each other's figures, but two cores do not carry several loads at once,
+/// and the time limits of the tests would have to be guessed for any mixture.
+///
+/// # Panics
+///
+/// If the lock file cannot be used.
+#[must_use]
+pub fn take() -> Turn {
+    let path = env::temp_dir().join("unfreed-tests.lock");
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .unwrap_or_else(|error| panic!("failed to open {}: {error}", path.display()));
+    // SAFETY: an open descriptor.
+    while unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) } != 0 {
+        let error = io::Error::last_os_error();
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::Interrupted,
+            "failed to lock {}",
+            path.display()
+        );
+    }
+    Turn { _lock: lock }
+}

@@ -1,0 +1,54 @@
+//! unfreed's own tasks: `cargo xtask --help` lists them.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a task tells its progress to whoever runs it"
+)]
+
+mod bpf_toolchain;
+mod build_ebpf;
+mod cmd;
+mod lint;
+mod setup;
+mod stamp;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// unfreed's build and test tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building the BPF object and testing need, if it is not there yet
+    Setup(setup::Args),
+    /// Build the BPF object from source into tracer-ebpf/prebuilt/
+    BuildEbpf(build_ebpf::Args),
+    /// Check formatting, lints and the repository's top level
+    Lint,
+    /// Run every check: setup, lint, BPF object, unit tests, integration tests (as root)
+    Test(test::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Setup(args) => setup::run(&args),
+        Task::BuildEbpf(args) => build_ebpf::run(&args),
+        Task::Lint => lint::run(),
+        Task::Test(args) => test::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
