@@ -21,8 +21,15 @@ fn lifecycle() -> PathBuf {
 
 /// The fixture, traced.
 fn traced() -> (Target, Session) {
+    traced_with(&[])
+}
+
+fn traced_with(options: &[&str]) -> (Target, Session) {
     let target = Target::start(&lifecycle(), &[]);
-    let session = Unfreed::attach(&[target.pid()]).start().tracing();
+    let session = Unfreed::attach(&[target.pid()])
+        .options(options)
+        .start()
+        .tracing();
     (target, session)
 }
 
@@ -147,15 +154,29 @@ fn a_vfork_child_works_in_its_parents_instance_until_it_executes() {
         return;
     }
     let _turn = machine::take();
-    let (mut target, session) = traced();
-    tell(
-        &mut target,
-        &["before", "vfork", "after", "vfork-exit", "vfork", "books"],
-    );
+    // Links of the kind that tells a process by its memory.
+    let (mut target, session) = traced_with(&["--perf-links"]);
+    tell(&mut target, VFORKING);
     let outcome = session.stop();
     let vfork_child = target.books().of("site_vfork_child");
     assert_eq!((vfork_child.allocs, vfork_child.frees), (30, 15));
     assert_exact(&target, &outcome);
+}
+
+const VFORKING: &[&str] = &["before", "vfork", "after", "vfork-exit", "vfork", "books"];
+
+#[test]
+fn vfork_children_whose_calls_the_kernel_hides_are_reported() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let (mut target, session) = traced();
+    tell(&mut target, VFORKING);
+    let outcome = session.stop();
+    let report = outcome.report_with_code(0);
+    let unseen = report.process(target.pid())["unseen_vfork_children"].as_u64();
+    assert!(unseen.is_some_and(|unseen| unseen > 0), "{report}");
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub enum EventKind {
     Exit = 3,
     /// A traced process forked a child that is not traced.
     Fork = 4,
+    /// The main thread of a traced process ended while others go on.
+    MainThreadExit = 5,
 }
 
 /// Why a stack walk ended.

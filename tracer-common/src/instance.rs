@@ -42,7 +42,11 @@ pub struct Instance {
     pub stops: u32,
     /// Children forked that are not traced.
     pub forks: u32,
+    /// Children that borrowed the memory until they called `exec` (vfork, posix_spawn).
+    pub borrowers: u32,
+    /// Makes the size a multiple of 8 bytes.
+    pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Instance>() == 40);
+const _: () = assert!(size_of::<Instance>() == 48);
 pod!(Instance);

@@ -251,7 +251,9 @@ impl Session {
     /// Takes the probes of ended instances away. After an `exec` they would be hit by the new
     /// program: the kernel tells processes by their PID.
     pub fn detach_ended(&mut self) {
-        let Self { targets, tracer, .. } = self;
+        let Self {
+            targets, tracer, ..
+        } = self;
         let links = targets
             .iter_mut()
             .filter(|target| target.end.is_some() && target.is_probed())
@@ -466,7 +468,11 @@ fn process_report(
         },
         replaced_by_exec: target.end == Some(End::Replaced),
         untraced_children: state.forks,
-        unseen_vfork_children: if context.sees_vfork { 0 } else { state.borrowers },
+        unseen_vfork_children: if context.sees_vfork {
+            0
+        } else {
+            state.borrowers
+        },
         main_thread_exited: target.main_thread_exited,
         totals,
         sites: site_reports,

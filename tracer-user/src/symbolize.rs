@@ -137,7 +137,10 @@ mod tests {
     fn only_mangled_names_are_demangled() {
         assert_eq!(demangled("t"), "t");
         assert_eq!(demangled("_Z3addii"), "add(int, int)");
-        assert_eq!(demangled("_ZN4core3fmt5write17h0123456789abcdefE"), "core::fmt::write");
+        assert_eq!(
+            demangled("_ZN4core3fmt5write17h0123456789abcdefE"),
+            "core::fmt::write"
+        );
         assert_eq!(demangled("_Znot_mangled"), "_Znot_mangled");
     }
 }

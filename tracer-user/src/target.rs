@@ -9,8 +9,7 @@ use crate::{
         links::{self, Link, Point, ProbeProgram},
         tracer::Tracer,
     },
-    discover::{
-        allocators::Call,module::FileId, process::Process},
+    discover::{allocators::Call, module::FileId, process::Process},
     files::{AddressSpace, Files, Segment, is_named},
     report::Exit,
 };
@@ -94,12 +93,7 @@ impl Target {
         }
     }
 
-    fn probe(
-        &mut self,
-        tracer: &mut Tracer,
-        segment: &Segment,
-        empty: bool,
-    ) -> anyhow::Result<()> {
+    fn probe(&mut self, tracer: &mut Tracer, segment: &Segment, empty: bool) -> anyhow::Result<()> {
         let Ok(module) = &segment.file.module else {
             return Ok(());
         };
@@ -123,10 +117,17 @@ impl Target {
         for (program, points) in [
             (ProbeProgram::AllocExit, &allocating),
             (ProbeProgram::AllocEnter, &allocating),
-            (ProbeProgram::FreeEnter, &points(|call| matches!(call, Call::Free { .. }))),
+            (
+                ProbeProgram::FreeEnter,
+                &points(|call| matches!(call, Call::Free { .. })),
+            ),
             (ProbeProgram::JumpEnter, &points(|call| call == Call::Jump)),
         ] {
-            let program = if empty { program.doing_nothing() } else { program };
+            let program = if empty {
+                program.doing_nothing()
+            } else {
+                program
+            };
             self.links
                 .extend(tracer.attach(program, &path, points, pid)?);
         }

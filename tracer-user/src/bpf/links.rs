@@ -63,7 +63,11 @@ impl ProbeProgram {
     /// The program that stands in for this one when only the probes' own cost is wanted.
     #[must_use]
     pub const fn doing_nothing(self) -> Self {
-        if self.is_return() { Self::NothingExit } else { Self::NothingEnter }
+        if self.is_return() {
+            Self::NothingExit
+        } else {
+            Self::NothingEnter
+        }
     }
 
     const fn is_return(self) -> bool {

@@ -118,10 +118,18 @@ pub const C_ALLOCATOR: &[Signature] = &[
 
 /// Functions that abandon calls; they are probed where there is an allocator, so that a call that
 /// never returned is known for one.
-const JUMPS: &[Signature] = &[jump("longjmp"), jump("__longjmp_chk"), jump("setcontext"), jump("swapcontext")];
+const JUMPS: &[Signature] = &[
+    jump("longjmp"),
+    jump("__longjmp_chk"),
+    jump("setcontext"),
+    jump("swapcontext"),
+];
 
 const fn jump(name: &'static str) -> Signature {
-    Signature { name, call: Call::Jump }
+    Signature {
+        name,
+        call: Call::Jump,
+    }
 }
 
 /// The function of that name, if it is one; a prefix such as `je_` in front is accepted.
@@ -131,7 +139,10 @@ pub fn by_name(name: &str, prefix: Option<&str>) -> Option<&'static Signature> {
         Some(prefix) => name.strip_prefix(prefix).unwrap_or(name),
         None => name,
     };
-    C_ALLOCATOR.iter().chain(JUMPS).find(|signature| signature.name == bare)
+    C_ALLOCATOR
+        .iter()
+        .chain(JUMPS)
+        .find(|signature| signature.name == bare)
 }
 
 #[cfg(test)]

@@ -179,7 +179,10 @@ impl Module {
     /// Functions that allocate or free, aliases counted once.
     #[must_use]
     pub fn allocator_functions(&self) -> usize {
-        self.functions.iter().filter(|function| function.call != Call::Jump).count()
+        self.functions
+            .iter()
+            .filter(|function| function.call != Call::Jump)
+            .count()
     }
 }
 

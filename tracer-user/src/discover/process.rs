@@ -88,7 +88,9 @@ impl Process {
     /// Whether any thread of the process is left.
     #[must_use]
     pub fn is_alive(pid: u32) -> bool {
-        open(pid).and_then(|process| Ok(process.stat()?)).is_ok_and(|stat| !is_over(&stat))
+        open(pid)
+            .and_then(|process| Ok(process.stat()?))
+            .is_ok_and(|stat| !is_over(&stat))
     }
 
     /// A child of ours that has not executed its program yet.

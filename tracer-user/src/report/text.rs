@@ -248,7 +248,10 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let has_gap =
         |process: &ProcessReport| process.unseen_vfork_children > 0 || process.main_thread_exited;
     if missed.is_empty() && report.processes.iter().any(has_gap) {
-        writeln!(to, "But for what is marked with ! above, every call was seen.")?;
+        writeln!(
+            to,
+            "But for what is marked with ! above, every call was seen."
+        )?;
     } else if missed.is_empty() {
         writeln!(to, "Every call was seen: the figures are exact.")?;
     } else {

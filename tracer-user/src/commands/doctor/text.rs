@@ -1,0 +1,298 @@
+//! The form of `unfreed doctor` for people.
+
+use std::io::{self, Write};
+
+use super::{FunctionReport, HostReport, Patient, Report, Verdict};
+use crate::{
+    calibrate::ProbeCost,
+    host::{Bpf, Lockdown, UretprobeSyscall},
+    preflight::Severity,
+};
+
+pub(super) fn write(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    host(&report.host, out)?;
+    for process in &report.processes {
+        writeln!(out)?;
+        self::process(process, out)?;
+    }
+    if report
+        .processes
+        .iter()
+        .any(|process| !process.modules.is_empty())
+    {
+        legend(out)?;
+    }
+    match report.host_verdict() {
+        Some(_) => writeln!(
+            out,
+            "\nNothing can be traced here until the problem is solved."
+        ),
+        None if report.processes.is_empty() => writeln!(
+            out,
+            "\nThis host is ready. `unfreed doctor PID` shows what would be probed in a \
+                 process."
+        ),
+        None => Ok(()),
+    }
+}
+
+/// What a line of the host's table says.
+struct Row {
+    fact: &'static str,
+    value: String,
+    /// Worth knowing, without keeping anything from being traced.
+    note: Option<String>,
+}
+
+fn row(fact: &'static str, value: impl Into<String>) -> Row {
+    Row {
+        fact,
+        value: value.into(),
+        note: None,
+    }
+}
+
+fn host(host: &HostReport, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "Host")?;
+    for Row { fact, value, note } in rows(host) {
+        let mut problems = host.problems.iter().filter(|problem| problem.fact == fact);
+        match (problems.next(), note) {
+            (Some(problem), _) => {
+                line(out, "PROBLEM", fact, &problem.message)?;
+                for problem in problems {
+                    line(out, "PROBLEM", fact, &problem.message)?;
+                }
+            }
+            (None, Some(note)) => line(out, "note", fact, &format!("{value}: {note}"))?,
+            (None, None) => line(out, "ok", fact, &value)?,
+        }
+    }
+    if let Some(error) = &host.error {
+        line(out, "PROBLEM", "tracing", error)?;
+    }
+    Ok(())
+}
+
+fn line(out: &mut dyn Write, state: &str, fact: &str, text: &str) -> io::Result<()> {
+    writeln!(out, "  {state:<8}{fact:<12}{text}")
+}
+
+fn rows(host: &HostReport) -> Vec<Row> {
+    let facts = &host.facts;
+    let mut rows = vec![
+        row(
+            "kernel",
+            format!("Linux {} on {}", facts.kernel_release, facts.architecture),
+        ),
+        row(
+            "privileges",
+            if facts.privileges.euid == 0 {
+                "root".to_owned()
+            } else {
+                format!(
+                    "user {} with the capabilities needed",
+                    facts.privileges.euid
+                )
+            },
+        ),
+        row(
+            "lockdown",
+            match facts.lockdown {
+                None | Some(Lockdown::None) => "off",
+                Some(Lockdown::Integrity) => "integrity, which does not concern tracing",
+                Some(Lockdown::Confidentiality) => "confidentiality",
+            },
+        ),
+        row("BTF", "the kernel describes its types"),
+        row("uprobes", "the kernel has them"),
+    ];
+    if let Bpf::Usable { .. } = facts.bpf {
+        let mut bpf = row("BPF", "programs load");
+        match facts.bpf_jit {
+            Some(true) => bpf.value.push_str(", and are compiled"),
+            Some(false) => {
+                bpf.note = Some(
+                    "they are interpreted, which makes tracing slower (sysctl \
+                         net.core.bpf_jit_enable=1)"
+                        .to_owned(),
+                );
+            }
+            None => {}
+        }
+        rows.push(bpf);
+    } else if let Bpf::Refused { .. } = facts.bpf {
+        let mut bpf = row("BPF", "refused");
+        bpf.note = Some("see the problem above".to_owned());
+        rows.push(bpf);
+    }
+    if facts.uretprobe_syscall == Some(UretprobeSyscall::FilteredBySeccomp) {
+        let mut seccomp = row("seccomp", "filters see return probes");
+        seccomp.note = Some(
+            "processes that have a filter are refused, and one that gets a filter while it is \
+             traced may be killed (solved in Linux 6.12.14, 6.13.3 and 6.14)"
+                .to_owned(),
+        );
+        rows.push(seccomp);
+    }
+    rows.extend(host.links.map(|links| match links {
+        "uprobe_multi" => row(
+            "links",
+            "uprobe_multi: probes are attached and detached in milliseconds",
+        ),
+        other => Row {
+            fact: "links",
+            value: other.to_owned(),
+            note: Some("to detach takes about 0.1 s a probe (Linux 6.6 is faster)".to_owned()),
+        },
+    }));
+    rows.extend(host.probe_cost.map(|cost| {
+        let ProbeCost {
+            emulated_ns,
+            single_stepped_ns,
+            return_ns,
+        } = cost;
+        row(
+            "probe cost",
+            format!(
+                "{emulated_ns} ns where emulated, {single_stepped_ns} ns where single-stepped, \
+                     {return_ns} ns more for a return probe"
+            ),
+        )
+    }));
+    rows
+}
+
+fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
+    write!(out, "Process {}", process.pid)?;
+    if let Some(comm) = &process.comm {
+        write!(out, " {comm}")?;
+    }
+    if let Some(exe) = &process.exe {
+        write!(out, " ({})", exe.display())?;
+    }
+    writeln!(out)?;
+    for module in &process.modules {
+        writeln!(out, "\n  {}", module.path.display())?;
+        table(&module.functions, out)?;
+    }
+    if !process.modules.is_empty() {
+        writeln!(out)?;
+    }
+    let allocators = process
+        .modules
+        .iter()
+        .filter(|module| {
+            module
+                .functions
+                .iter()
+                .any(|f| f.names.iter().any(|n| n == "malloc"))
+        })
+        .count();
+    if allocators > 1 {
+        writeln!(
+            out,
+            "  note: {allocators} files define malloc; all are probed, and those that the \
+                 process does not call cost nothing"
+        )?;
+    }
+    let (reason, possible) = match &process.verdict {
+        Verdict::CanBeTraced => (None, true),
+        Verdict::Refused {
+            reason,
+            force_overrides,
+        } => (Some(reason), *force_overrides),
+    };
+    // The one that decided stands below; of what is impossible nothing else matters.
+    for danger in process.dangers.iter().filter(|_| possible) {
+        if reason != Some(&danger.message) {
+            let kind = match danger.severity {
+                Severity::Note => "note",
+                Severity::Refusal | Severity::Impossible => "danger",
+            };
+            writeln!(out, "  {kind}: {}", danger.message)?;
+        }
+    }
+    for file in &process.unreadable_files {
+        writeln!(
+            out,
+            "  note: not examined: {} ({})",
+            file.path.display(),
+            file.reason
+        )?;
+    }
+    match &process.verdict {
+        Verdict::CanBeTraced => writeln!(out, "  verdict: can be traced"),
+        Verdict::Refused {
+            reason,
+            force_overrides,
+        } => {
+            let force = if *force_overrides {
+                " (--force overrides)"
+            } else {
+                ""
+            };
+            writeln!(out, "  verdict: refused: {reason}{force}")
+        }
+    }
+}
+
+fn table(functions: &[FunctionReport], out: &mut dyn Write) -> io::Result<()> {
+    let heads = [
+        "function",
+        "probe",
+        "instruction",
+        "the kernel",
+        "cost of a call",
+    ];
+    let rows: Vec<[String; 5]> = functions
+        .iter()
+        .map(|function| {
+            let class = match (function.emulated, function.return_probe) {
+                (true, true) => "emulates it, return probe",
+                (true, false) => "emulates it",
+                (false, true) => "single-steps it, return probe",
+                (false, false) => "single-steps it",
+            };
+            [
+                function.names.join(", "),
+                format!("+{}", function.probe_offset),
+                function.instruction.clone(),
+                class.to_owned(),
+                function
+                    .cost_ns
+                    .map_or("unknown".to_owned(), |ns| format!("{ns} ns")),
+            ]
+        })
+        .collect();
+    let mut widths = heads.map(|head| head.chars().count());
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let [name, probe, instruction, class, cost] = widths;
+    let mut print = |cells: [&str; 5]| {
+        writeln!(
+            out,
+            "    {:<name$}  {:>probe$}  {:<instruction$}  {:<class$}  {:>cost$}",
+            cells[0], cells[1], cells[2], cells[3], cells[4]
+        )
+    };
+    print(heads)?;
+    for row in &rows {
+        print(row.each_ref().map(String::as_str))?;
+    }
+    Ok(())
+}
+
+fn legend(out: &mut dyn Write) -> io::Result<()> {
+    out.write_all(
+        b"
+probe           where it would stand, in bytes from the start of the function
+the kernel      emulates the probed instruction, or single-steps a copy of it, which costs more
+return probe    a second probe where the function returns, to learn the address of the block
+cost of a call  what the probes add to it, as measured on this host; the tracer's own work adds
+                some hundred nanoseconds
+",
+    )
+}
