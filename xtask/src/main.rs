@@ -5,6 +5,7 @@
     reason = "a task tells its progress to whoever runs it"
 )]
 
+mod bench;
 mod bpf_toolchain;
 mod build_ebpf;
 mod cmd;
@@ -27,6 +28,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Compare the cost of tracing with other tools', in one interleaved run (as root)
+    Bench(bench::Args),
     /// Install what building the BPF object and testing need, if it is not there yet
     Setup(setup::Args),
     /// Build the BPF object from source into tracer-ebpf/prebuilt/
@@ -39,6 +42,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
+        Task::Bench(args) => bench::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::BuildEbpf(args) => build_ebpf::run(&args),
         Task::Lint => lint::run(),

@@ -24,13 +24,22 @@ const BPF_PACKAGES: [Package; 6] = [
 ];
 
 /// What the integration tests run, trace or compile fixtures with.
-const TEST_PACKAGES: [Package; 15] = [
+const TEST_PACKAGES: [Package; 18] = [
     Package::new("gcc", "fixtures in C"),
     Package::new("g++", "fixtures in C++"),
     Package::new("libc6-dev", "headers of the fixtures"),
     Package::new("musl-tools", "fixtures with another libc"),
     Package::new("libjemalloc2", "another allocator, preloaded"),
     Package::new("libjemalloc-dev", "another allocator, linked"),
+    Package::new("libmimalloc2.0", "another allocator, preloaded"),
+    Package::new(
+        "libgoogle-perftools4",
+        "tcmalloc, another allocator, preloaded",
+    ),
+    Package::new(
+        "xz-utils",
+        "a deterministic command, also counted by valgrind",
+    ),
     Package::new("redis-server", "a real server to trace"),
     Package::new("redis-tools", "its load: redis-benchmark"),
     Package::new("nginx-light", "a real server that forks workers"),

@@ -19,7 +19,7 @@ use crate::{
     bpf::tracer::{Limits, Tracer},
     calibrate::{self, ProbeCost},
     discover::{
-        allocators::C_ALLOCATOR,
+        allocators::{C_ALLOCATOR, Call},
         module::{Function, Module, Search},
         process::Process,
     },
@@ -167,6 +167,7 @@ struct ModuleReport {
 struct FunctionReport {
     /// Aliases are one function, and one probe.
     names: Vec<String>,
+    does: Does,
     /// Bytes from the function's entry to the probe.
     probe_offset: u64,
     instruction: String,
@@ -174,6 +175,26 @@ struct FunctionReport {
     return_probe: bool,
     /// Cost of a call, without what the tracer does then.
     cost_ns: Option<u32>,
+}
+
+/// Why a function is probed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Does {
+    Allocate,
+    Free,
+    /// Leave calls of the others unfinished.
+    Jump,
+}
+
+impl Does {
+    const fn of(call: Call) -> Self {
+        match call {
+            Call::Alloc { .. } | Call::AllocTo { .. } => Self::Allocate,
+            Call::Free { .. } => Self::Free,
+            Call::Jump => Self::Jump,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -345,6 +366,7 @@ fn functions(module: &Module, cost: Option<ProbeCost>) -> Vec<FunctionReport> {
         let (emulated, returns) = (function.is_emulated(), function.call.returns());
         FunctionReport {
             names,
+            does: Does::of(function.call),
             probe_offset: function.probe_point.offset,
             instruction: function.probe_point.instruction.clone(),
             emulated,
@@ -375,6 +397,7 @@ mod tests {
     fn report() -> Report {
         let malloc = FunctionReport {
             names: vec!["malloc".to_owned()],
+            does: Does::Allocate,
             probe_offset: 0,
             instruction: "push r12".to_owned(),
             emulated: true,
@@ -383,6 +406,7 @@ mod tests {
         };
         let free = FunctionReport {
             names: vec!["free".to_owned(), "cfree".to_owned()],
+            does: Does::Free,
             probe_offset: 9,
             instruction: "push rbx".to_owned(),
             emulated: true,

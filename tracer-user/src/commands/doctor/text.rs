@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::{FunctionReport, HostReport, Patient, Report, Verdict};
+use super::{Does, FunctionReport, HostReport, Patient, Report, Verdict};
 use crate::{
     calibrate::ProbeCost,
     host::{Bpf, Lockdown, UretprobeSyscall},
@@ -15,12 +15,18 @@ pub(super) fn write(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out)?;
         self::process(process, out)?;
     }
-    if report
-        .processes
-        .iter()
-        .any(|process| !process.modules.is_empty())
-    {
+    let functions = || {
+        let modules = report.processes.iter().flat_map(|process| &process.modules);
+        modules.flat_map(|module| &module.functions)
+    };
+    if functions().next().is_some() {
         legend(out)?;
+    }
+    if functions().any(|function| function.does == Does::Jump) {
+        writeln!(
+            out,
+            "longjmp, …      are probed because they may leave a call of the allocator unfinished"
+        )?;
     }
     match report.host_verdict() {
         Some(_) => writeln!(
