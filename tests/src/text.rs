@@ -89,7 +89,9 @@ pub fn differences(pid: u32) -> io::Result<Vec<Difference>> {
     let mut differences = Vec::new();
     for mapping in mappings(pid)? {
         let length = usize::try_from(mapping.end - mapping.start).map_err(io::Error::other)?;
-        let file = File::open(format!("/proc/{pid}/map_files/{}", mapping.range))?;
+        // Unlike in maps, the range is not padded here.
+        let range = format!("{:x}-{:x}", mapping.start, mapping.end);
+        let file = File::open(format!("/proc/{pid}/map_files/{range}"))?;
         let expected = read_at(&file, mapping.file_offset, length)?;
         let found = read_at(&memory, mapping.start, expected.len())?;
         if found.len() != expected.len() {

@@ -23,6 +23,19 @@ pub(crate) fn read_user<T: Copy + Default>(address: u64) -> Option<T> {
     (result == 0).then_some(value)
 }
 
+/// Copies bytes of the current process's memory.
+///
+/// # Safety
+///
+/// `to` has room for them.
+#[inline(always)]
+pub(crate) unsafe fn read_user_bytes(to: *mut u8, bytes: u32, address: u64) -> Option<()> {
+    // SAFETY: as the caller promises; the helper checks the source.
+    let result =
+        unsafe { bpf_probe_read_user(to.cast::<c_void>(), bytes, address as *const c_void) };
+    (result == 0).then_some(())
+}
+
 #[inline(always)]
 fn read_kernel<T: Copy + Default>(address: u64) -> Option<T> {
     let mut value = T::default();

@@ -91,7 +91,13 @@ pub(crate) struct Scratch {
     /// make it follow every iteration on its own.
     pub(crate) zero: u32,
     pub(crate) event: ScratchEvent,
+    /// Piece of the walked stack.
+    pub(crate) window: [u64; WINDOW_WORDS],
 }
+
+/// Words of a stack that are read at once: a page, as one read of a page costs little more than one
+/// of a word.
+pub(crate) const WINDOW_WORDS: usize = 512;
 
 /// As [`tracer_common::event::StackEvent`].
 #[repr(C)]

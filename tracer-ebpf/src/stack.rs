@@ -8,7 +8,7 @@ use tracer_common::event::{MAX_FRAMES, StackEnd};
 use crate::{
     atomic::swap_u32,
     kernel,
-    maps::{SCRATCH, SCRATCH_SLOTS, Scratch},
+    maps::{SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
 };
 
 /// A finished walk; gives its buffer back when told to.
@@ -33,8 +33,9 @@ impl Stack {
                 frame_pointer: (*regs).rbp,
                 floor: (*regs).rsp,
                 hash: mix(u64::from((*scratch).zero), (*regs).rip),
+                window_start: u64::from((*scratch).zero),
+                window_bytes: (*scratch).zero,
                 depth: (*scratch).zero,
-                padding: 0,
             }
         };
         // SAFETY: the callback has the signature that the helper wants and the context outlives it.
@@ -93,18 +94,36 @@ struct Walk {
     /// Frames lie above this.
     floor: u64,
     hash: u64,
+    /// Address of the first word in the scratch's window.
+    window_start: u64,
+    /// Bytes of the window that are filled.
+    window_bytes: u32,
     /// Frames after the first.
     depth: u32,
-    padding: u32,
 }
 
-/// A caller's frame as the prologue `push %rbp; mov %rsp,%rbp` leaves it.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Frame {
-    frame_pointer: u64,
-    return_address: u64,
+impl Walk {
+    /// Reads a word of the stack through the window.
+    #[inline(always)]
+    fn read(&mut self, address: u64) -> Option<u64> {
+        let mut offset = address.wrapping_sub(self.window_start);
+        if offset >= u64::from(self.window_bytes) {
+            // Up to the end of the page: a read that fails costs microseconds.
+            let bytes = (PAGE_BYTES - (address & (PAGE_BYTES - 8))) as u32;
+            // SAFETY: claimed by this walk; the window is a page long.
+            let window = unsafe { &raw mut (*self.scratch).window };
+            // SAFETY: the helper checks the source, and the destination has room for a page.
+            unsafe { kernel::read_user_bytes(window.cast(), bytes, address)? };
+            self.window_start = address;
+            self.window_bytes = bytes;
+            offset = 0;
+        }
+        // SAFETY: claimed by this walk; the index is masked.
+        Some(unsafe { (*self.scratch).window[(offset >> 3) as usize & (WINDOW_WORDS - 1)] })
+    }
 }
+
+const PAGE_BYTES: u64 = 4096;
 
 /// Stacks are at most this large: a frame pointer further away is something else.
 const MAX_STACK_BYTES: u64 = 64 << 20;
@@ -113,9 +132,10 @@ const MAX_STACK_BYTES: u64 = 64 << 20;
 extern "C" fn step(index: u32, walk: *mut Walk) -> i64 {
     // SAFETY: `bpf_loop` hands over the context that `capture` gave it.
     let walk = unsafe { &mut *walk };
+    let scratch = walk.scratch;
     let end = |end: StackEnd| {
         // SAFETY: claimed by this walk.
-        unsafe { (*walk.scratch).event.end = end as u32 };
+        unsafe { (*scratch).event.end = end as u32 };
         1
     };
     let frame_pointer = walk.frame_pointer;
@@ -128,10 +148,13 @@ extern "C" fn step(index: u32, walk: *mut Walk) -> i64 {
     {
         return end(StackEnd::Lost);
     }
-    let Some(frame) = kernel::read_user::<Frame>(frame_pointer) else {
+    // As the prologue `push %rbp; mov %rsp,%rbp` leaves it.
+    let (Some(caller_frame_pointer), Some(return_address)) =
+        (walk.read(frame_pointer), walk.read(frame_pointer + 8))
+    else {
         return end(StackEnd::Lost);
     };
-    if frame.return_address == 0 {
+    if return_address == 0 {
         return end(StackEnd::Root);
     }
     let position = index as usize + 1;
@@ -139,11 +162,11 @@ extern "C" fn step(index: u32, walk: *mut Walk) -> i64 {
         return 1;
     }
     // SAFETY: claimed by this walk, and the index was checked.
-    unsafe { (*walk.scratch).event.frames[position] = frame.return_address };
-    walk.hash = mix(walk.hash, frame.return_address);
+    unsafe { (*walk.scratch).event.frames[position] = return_address };
+    walk.hash = mix(walk.hash, return_address);
     walk.depth = index + 1;
     walk.floor = frame_pointer + 16;
-    walk.frame_pointer = frame.frame_pointer;
+    walk.frame_pointer = caller_frame_pointer;
     0
 }
 

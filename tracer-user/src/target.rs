@@ -11,6 +11,7 @@ use crate::{
     },
     discover::{allocators::Call, module::FileId, process::Process},
     files::{AddressSpace, Files, Segment, is_named},
+    preflight::no_allocator,
     report::Exit,
 };
 
@@ -193,12 +194,24 @@ impl Target {
                 self.process.pid
             );
         }
-        bail!(
-            "PID {} ({}): no allocator function (malloc, free, …) was found in any file that it \
-             has mapped",
-            self.process.pid,
-            self.process.comm
-        )
+        let modules = || {
+            self.space.segments().iter().filter_map(|segment| {
+                Some((&segment.file.path, segment.file.module.as_ref().ok()?))
+            })
+        };
+        let program = modules().find(|(path, _)| **path == self.process.exe);
+        let reason = no_allocator(
+            program.map(|(_, module)| module),
+            modules().map(|(_, module)| module),
+        );
+        match reason {
+            Some(reason) => bail!(
+                "PID {} ({}) cannot be traced: {reason}",
+                self.process.pid,
+                self.process.comm
+            ),
+            None => bail!("no probe stands in PID {}", self.process.pid),
+        }
     }
 
     /// Whether any probe stands.

@@ -365,10 +365,9 @@ fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
                  --max-live or --max-sites, or run unfreed in a larger cgroup)",
                 limits.kernel_bytes() >> 20
             ),
-            Some(libc::EPERM | libc::EACCES) => anyhow!(
-                "not permitted to create BPF maps: run unfreed as root (or with CAP_BPF, \
-                 CAP_PERFMON and CAP_SYS_PTRACE)"
-            ),
+            Some(libc::EPERM | libc::EACCES) => {
+                anyhow!("not permitted to create BPF maps: run unfreed as root")
+            }
             _ => anyhow!("failed to create the BPF map {name}: {io_error}"),
         };
     }

@@ -101,14 +101,9 @@ pub(super) async fn trace(
 
 /// Probes a process, if that is safe.
 fn begin(session: &mut Session, process: Process, force: bool) -> anyhow::Result<()> {
-    for danger in preflight::check_process(process.pid, session.host())? {
-        if danger.refuses() && !force {
-            anyhow::bail!(
-                "PID {} ({}) is not traced: {danger} (--force overrides)",
-                process.pid,
-                process.comm
-            );
-        }
+    let dangers = preflight::check_process(process.pid, session.host())?;
+    preflight::permit(process.pid, &dangers, force)?;
+    for danger in &dangers {
         log::info!("PID {}: {danger}", process.pid);
     }
     let index = session.open(process, 0)?;

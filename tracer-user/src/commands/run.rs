@@ -13,7 +13,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use nix::{
     errno::Errno,
     sys::{
@@ -82,12 +82,11 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     held.session.restart_clock();
     let status = held.follow(&signals).await?;
     session.stop()?;
-    if session.targets().iter().all(|target| target.probes() == 0) {
-        say(format_args!(
-            "unfreed: {}: no allocator function (malloc, free, …) was found in any file that the \
-             program had mapped",
-            args.command[0].display()
-        ));
+    // Why there is nothing to report, if so.
+    for index in 0..session.targets().len() {
+        if let Err(error) = session.expect_probes(index) {
+            say(format_args!("unfreed: {error:#}"));
+        }
     }
     session
         .report(true)?
@@ -245,14 +244,10 @@ impl Held<'_> {
     /// A new program: only it and its loader are mapped yet.
     fn executed(&mut self) -> anyhow::Result<()> {
         let process = Process::look(self.raw_pid())?;
-        for danger in preflight::check_process(process.pid, self.session.host())? {
-            if danger.refuses() && !self.args.trace.force {
-                let _ = kill(self.child, Signal::SIGKILL);
-                return Err(anyhow!(
-                    "{} is not run: {danger} (--force overrides)",
-                    process.comm
-                ));
-            }
+        let dangers = preflight::check_process(process.pid, self.session.host())?;
+        if let Err(refusal) = preflight::permit(process.pid, &dangers, self.args.trace.force) {
+            let _ = kill(self.child, Signal::SIGKILL);
+            return Err(refusal.context(format!("{} is not run", process.comm)));
         }
         self.session.detach_ended();
         if self.session.targets()[self.current].probes() == 0 {
