@@ -231,9 +231,9 @@ pub struct Demo {
 
 /// A positive number of seconds, fractions allowed.
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text
-        .parse()
-        .map_err(|_| format!("'{text}' is no number of seconds"))?;
+    let Ok(seconds) = text.parse::<f64>() else {
+        return Err("it is no number of seconds".to_owned());
+    };
     match Duration::try_from_secs_f64(seconds) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
         _ => Err("it must be more than 0 seconds".to_owned()),

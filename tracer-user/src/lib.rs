@@ -9,6 +9,7 @@
 pub mod args;
 pub mod bpf;
 pub mod calibrate;
+pub mod cgroup;
 pub mod commands;
 pub mod diagnostics;
 pub mod discover;

@@ -58,7 +58,15 @@ impl Limits {
         self.max_live_blocks as u64 * LEDGER_ENTRY_BYTES
             + self.max_sites as u64 * size_of::<Site>() as u64
     }
+
+    /// Memory that a session takes in all, in bytes.
+    const fn total_bytes(&self) -> u64 {
+        self.kernel_bytes() + OWN_BYTES
+    }
 }
+
+/// Memory that unfreed takes beside its maps: reading the kernel's BTF is the most of it.
+const OWN_BYTES: u64 = 48 << 20;
 
 /// The loaded programs and maps. Dropping it unloads everything.
 #[derive(Debug)]
@@ -77,6 +85,10 @@ impl Tracer {
     ///
     /// `perf_links` attaches by perf links even where the kernel has `uprobe_multi`.
     pub fn load(limits: Limits, perf_links: bool) -> anyhow::Result<Self> {
+        // Found out first: the kernel may answer a map that is too large by killing us.
+        if crate::cgroup::memory_limit_bytes().is_some_and(|limit| limit < limits.total_bytes()) {
+            return Err(no_memory(&limits));
+        }
         let mut config = Config {
             min_size_bytes: limits.min_size_bytes,
             max_size_bytes: limits.max_size_bytes,
@@ -359,12 +371,7 @@ pub(super) fn map_descriptors(ebpf: &Ebpf) -> Vec<(String, RawFd)> {
 fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
     if let EbpfError::MapError(MapError::CreateError { name, io_error, .. }) = &error {
         return match io_error.raw_os_error() {
-            Some(libc::ENOMEM | libc::E2BIG) => anyhow!(
-                "no memory for the BPF map {name}: the ledger and site tables need about {} MiB of \
-                 kernel memory, more than this host or the memory cgroup of unfreed allows (lower \
-                 --max-live or --max-sites, or run unfreed in a larger cgroup)",
-                limits.kernel_bytes() >> 20
-            ),
+            Some(libc::ENOMEM | libc::E2BIG) => no_memory(limits),
             Some(libc::EPERM | libc::EACCES) => {
                 anyhow!("not permitted to create BPF maps: run unfreed as root")
             }
@@ -372,6 +379,15 @@ fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
         };
     }
     anyhow!(error).context("failed to load the BPF programs")
+}
+
+fn no_memory(limits: &Limits) -> anyhow::Error {
+    anyhow!(
+        "no memory for the BPF maps: with the ledger and the site table unfreed needs about {} MiB, \
+         more than this host or its memory cgroup allows (lower --max-live or --max-sites, or run \
+         unfreed in a larger cgroup)",
+        limits.total_bytes() >> 20
+    )
 }
 
 /// The clock that the programs use.

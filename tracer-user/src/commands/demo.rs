@@ -120,6 +120,10 @@ fn open_session(user: u64) -> Box<Session> {
 }
 
 #[inline(never)]
+#[expect(
+    clippy::boxed_local,
+    reason = "the session is on the heap, as a server's are"
+)]
 fn close_session(session: Box<Session>) {
     black_box(session.user + session.cart.len() as u64);
 }
