@@ -20,18 +20,10 @@ pub enum ResultKind {
     OutPointer = 1,
 }
 
-/// What a group of functions allocates: only pairs of one family belong together.
-#[repr(u8)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// Memory of the C allocator.
-    Heap = 0,
-}
-
 /// Registers and conventions of one probed function, *at its probe point*.
 ///
 /// Encoded into the 64-bit attach cookie: four 5-bit register numbers from bit 0 (size, count,
-/// pointer, out-pointer), the result kind at bit 20, the family at bit 24.
+/// pointer, out-pointer), the result kind at bit 20.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocSpec {
     /// Register holding the size in bytes.
@@ -44,16 +36,22 @@ pub struct AllocSpec {
     pub out_pointer: Register,
     /// How the block is returned.
     pub result: ResultKind,
-    /// What is allocated.
-    pub family: Family,
 }
 
 const REGISTER_BITS: u32 = 5;
 const REGISTER_MASK: u64 = (1 << REGISTER_BITS) - 1;
 const RESULT_SHIFT: u32 = 20;
-const FAMILY_SHIFT: u32 = 24;
 
 impl AllocSpec {
+    /// A function without arguments that matter.
+    pub const NONE: Self = Self {
+        size: NO_REGISTER,
+        count: NO_REGISTER,
+        pointer: NO_REGISTER,
+        out_pointer: NO_REGISTER,
+        result: ResultKind::Pointer,
+    };
+
     /// The attach cookie.
     #[must_use]
     pub const fn to_cookie(self) -> u64 {
@@ -62,7 +60,6 @@ impl AllocSpec {
             | (self.pointer as u64) << (2 * REGISTER_BITS)
             | (self.out_pointer as u64) << (3 * REGISTER_BITS)
             | (self.result as u64) << RESULT_SHIFT
-            | (self.family as u64) << FAMILY_SHIFT
     }
 }
 
@@ -119,7 +116,6 @@ mod tests {
             pointer: NO_REGISTER,
             out_pointer: 7,
             result: ResultKind::OutPointer,
-            family: Family::Heap,
         };
         let cookie = Cookie(spec.to_cookie());
         assert_eq!(

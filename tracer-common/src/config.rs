@@ -25,6 +25,8 @@ pub struct Config {
     pub task_signal: u32,
     /// `signal_struct.live`: threads of the process that have not exited.
     pub signal_live: u32,
+    /// `signal_struct.flags`.
+    pub signal_flags: u32,
     /// `task_struct.mm`.
     pub task_mm: u32,
     /// `mm_struct.uprobes_state.xol_area`.
@@ -33,7 +35,9 @@ pub struct Config {
     pub xol_area_vaddr: u32,
     /// Sites that fit in the table; ids at or beyond it do not exist.
     pub max_sites: u32,
+    /// Makes the size a multiple of 8 bytes.
+    pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Config>() == 48);
+const _: () = assert!(size_of::<Config>() == 56);
 pod!(Config);

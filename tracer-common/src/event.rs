@@ -15,10 +15,8 @@ pub enum EventKind {
     Exec = 2,
     /// The last thread of a traced process ended: its instance is closed.
     Exit = 3,
-    /// A traced process forked a child that is not traced.
-    Fork = 4,
     /// The main thread of a traced process ended while others go on.
-    MainThreadExit = 5,
+    MainThreadExit = 4,
 }
 
 /// Why a stack walk ended.
@@ -43,7 +41,7 @@ pub struct EventHeader {
     pub tgid: u32,
     /// Its instance.
     pub instance: u32,
-    /// Depends on the kind: [`StackEvent`] the site's id; exit the wait status; fork the child's tgid.
+    /// Depends on the kind: [`StackEvent`] the site's id; exit the wait status.
     pub detail: u32,
 }
 

@@ -37,7 +37,7 @@ missed_events! {
         "frees were not seen: an address was handed out again while it was believed live; the sites concerned are marked",
     /// The ledger had no room for a block.
     LedgerFull = "ledger_full":
-        "blocks were not recorded because the ledger was full: live figures are too low (raise --max-live)",
+        "blocks were not recorded because the ledger was full: all figures are too low (raise --max-live)",
     /// The site table had no room for a stack; its blocks went to the overflow site.
     SitesFull = "sites_full":
         "allocations are counted without their stack because the site table was full (raise --max-sites)",
@@ -59,9 +59,12 @@ missed_events! {
     /// A map operation failed for a reason that has no counter of its own.
     MapErrors = "map_errors":
         "ledger operations failed in the kernel; live figures may be off by as many blocks",
-    /// An exec, exit or fork found no room in the ring buffer.
+    /// An exec or exit found no room in the ring buffer.
     LifecycleDropped = "lifecycle_dropped":
-        "process events (exec, exit, fork) could not be handed over",
+        "process events (exec, exit) could not be handed over",
+    /// A child of `unfreed run` could not be stopped, and ran on before its probes stood.
+    NotHeld = "not_held":
+        "times the program could not be held until its probes stood: its first allocations may be missing",
     /// The address of the return trampoline could not be read, so nesting could not be judged.
     TrampolineUnknown = "trampoline_unknown":
         "nested allocator calls could not be told from abandoned ones and were taken for nested",

@@ -77,6 +77,16 @@ pub(crate) fn live_threads_of(task: u64) -> Option<u32> {
     read_kernel(signal + u64::from(config.signal_live))
 }
 
+/// Whether the task's whole process is on its way out.
+#[inline(always)]
+pub(crate) fn group_exits(task: u64) -> bool {
+    const SIGNAL_GROUP_EXIT: u32 = 4;
+    let config = CONFIG.load();
+    let flags = read_kernel::<u64>(task + u64::from(config.task_signal))
+        .and_then(|signal| read_kernel::<u32>(signal + u64::from(config.signal_flags)));
+    flags.is_some_and(|flags| flags & SIGNAL_GROUP_EXIT != 0)
+}
+
 /// Where the kernel mapped the return trampoline of the current process: what it puts in place of
 /// the return address of a return-probed call.
 #[inline(always)]

@@ -22,6 +22,7 @@ use crate::{
     stack::Stack,
 };
 
+const ENOENT: i32 = -2;
 const EEXIST: i32 = -17;
 const E2BIG: i32 = -7;
 const ENOMEM: i32 = -12;
@@ -50,7 +51,14 @@ pub(crate) fn take(instance: u32, address: u64) -> Option<Block> {
     // SAFETY: copied before the element can be reused; that it was this block is what the removal
     // says, as an address has one owner at a time.
     let block = unsafe { *LEDGER.get_ptr(key)? };
-    LEDGER.remove(key).is_ok().then_some(block)
+    match LEDGER.remove(key) {
+        Ok(()) => Some(block),
+        Err(ENOENT) => None,
+        Err(_) => {
+            missed::count(Missed::MapErrors);
+            None
+        }
+    }
 }
 
 /// Puts a block back that [`take`] gave.
@@ -68,6 +76,7 @@ pub(crate) fn put_back(instance: u32, address: u64, block: &Block) {
 #[inline(always)]
 pub(crate) fn count_free(state: &Instance, block: &Block) {
     let Some(site) = SITES.get_ptr_mut(block.site) else {
+        missed::count(Missed::MapErrors);
         return;
     };
     // SAFETY: no argument, and field addresses of a live map element.

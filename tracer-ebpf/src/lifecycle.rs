@@ -53,10 +53,14 @@ fn tell(kind: EventKind, tgid: u32, instance: u32, detail: u32) {
 /// Stops the process for the user side.
 #[inline(always)]
 fn hold(state: *mut Instance) {
-    // SAFETY: an aligned field of a live map element; the signal number is valid.
-    unsafe {
-        add_u32(&raw mut (*state).stops, 1);
-        bpf_send_signal(SIGSTOP);
+    // Noted first: the stop may be seen before the helper returns.
+    // SAFETY: an aligned field of a live map element.
+    unsafe { add_u32(&raw mut (*state).stops, 1) };
+    // SAFETY: the signal number is valid.
+    if unsafe { bpf_send_signal(SIGSTOP) } != 0 {
+        missed::count(Missed::NotHeld);
+        // SAFETY: as above.
+        unsafe { add_u32(&raw mut (*state).stops, u32::MAX) };
     }
 }
 
@@ -100,7 +104,10 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
     if flags & CLONE_THREAD != 0 {
         return None;
     }
-    let child = kernel::tgid_of(ctx.arg(0))?;
+    let Some(child) = kernel::tgid_of(ctx.arg(0)) else {
+        missed::count(Missed::MapErrors);
+        return None;
+    };
     let state = INSTANCES.get_ptr_mut(parent.instance)?;
     if flags & CLONE_VM != 0 {
         let borrowed = Membership {
@@ -116,7 +123,6 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
     }
     // SAFETY: an aligned field of a live map element.
     unsafe { add_u32(&raw mut (*state).forks, 1) };
-    tell(EventKind::Fork, tgid, parent.instance, child);
     Some(())
 }
 
@@ -156,11 +162,17 @@ pub(crate) fn sched_process_exit(_ctx: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn exit() -> Option<()> {
     let (pid_tgid, tgid) = current();
-    let member = membership(tgid)?;
+    // Before the look-up: threads may still be on their way out after the last one was counted.
     drop_pending(pid_tgid);
+    let member = membership(tgid)?;
     let task = kernel::current_task();
-    if kernel::live_threads_of(task)? != 0 {
-        if pid_tgid as u32 == tgid && member.borrowed == 0 {
+    let Some(live) = kernel::live_threads_of(task) else {
+        missed::count(Missed::MapErrors);
+        return None;
+    };
+    if live != 0 {
+        let is_main = pid_tgid as u32 == tgid && member.borrowed == 0;
+        if is_main && !kernel::group_exits(task) {
             tell(EventKind::MainThreadExit, tgid, member.instance, 0);
         }
         return None;

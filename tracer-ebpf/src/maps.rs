@@ -27,10 +27,12 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     task_exit_code: 0,
     task_signal: 0,
     signal_live: 0,
+    signal_flags: 0,
     task_mm: 0,
     mm_xol_area: 0,
     xol_area_vaddr: 0,
     max_sites: 0,
+    padding: 0,
 });
 
 /// tgid → the instance it works in. Processes that are not traced have no entry.
@@ -70,7 +72,7 @@ pub(crate) static PENDING: HashMap<u64, Pending> =
 #[map]
 pub(crate) static MISSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MISSED_COUNTERS, 0);
 
-/// Stacks, execs, exits and forks for the user side.
+/// Stacks, execs and exits for the user side.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
 

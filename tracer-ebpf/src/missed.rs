@@ -2,15 +2,14 @@
 
 use tracer_common::missed::Missed;
 
-use crate::maps::MISSED;
+use crate::{atomic::add_u64, maps::MISSED};
 
 /// Adds one to a counter.
 #[inline(always)]
 pub(crate) fn count(missed: Missed) {
     if let Some(counter) = MISSED.get_ptr_mut(missed as u32) {
-        // SAFETY: a per-CPU element; programs on one CPU can interleave only where the kernel is
-        // preemptible, and then the atomic add below the volatile cost would buy nothing but one
-        // count in a counter that says "not zero".
-        unsafe { *counter += 1 };
+        // SAFETY: an aligned live map element. Atomic although it belongs to one processor: on a
+        // preemptible kernel another program can come in between.
+        unsafe { add_u64(counter, 1) };
     }
 }

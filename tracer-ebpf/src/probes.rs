@@ -63,7 +63,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     // SAFETY: a live map element that only this thread uses.
     let pending = unsafe { &mut *pending::of_thread(pid_tgid)? };
     if pending.return_slot != 0 {
-        if pending::is_nested(pending, stack_pointer) {
+        if pending.instance == instance && pending::is_nested(pending, stack_pointer) {
             return None;
         }
         missed::count(Missed::AbandonedCalls);

@@ -1,6 +1,6 @@
 //! The command line, alone in its file, so that help, man page and completions come from it.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
@@ -31,6 +31,26 @@ pub struct Args {
     pub command: Command,
 }
 
+/// Exit status for a failure of unfreed itself under `run`, where others belong to the program.
+pub const RUN_FAILED: u8 = 125;
+
+impl Args {
+    /// Reads the command line. If there is nothing to be done (help, or an error, which has been
+    /// told), gives the exit status.
+    pub fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|error| {
+            let is_run = std::env::args_os().nth(1).is_some_and(|verb| verb == "run");
+            // Nobody may be there to read it.
+            let _ = error.print();
+            match error.exit_code() {
+                0 => ExitCode::SUCCESS,
+                _ if is_run => ExitCode::from(RUN_FAILED),
+                status => ExitCode::from(status as u8),
+            }
+        })
+    }
+}
+
 /// The verbs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -47,7 +67,9 @@ Examples:
     /// Trace processes that are running
     #[command(after_help = "\
 A table is printed every --interval seconds; Ctrl-C, --duration, --count or the end of the
-processes ends the session with the final report. The processes run on undisturbed.
+processes ends the session with the final report. The processes run on undisturbed. With --format
+json only the final report is given. A process that starts another program (exec) is traced no
+further.
 
 Examples:
   unfreed attach 4242
@@ -88,7 +110,7 @@ pub struct ReportOptions {
     #[arg(long, value_enum, default_value_t)]
     pub format: Format,
     /// Show the N sites that hold most (text only; JSON has them all)
-    #[arg(short = 'T', long = "limit", value_name = "N", default_value_t = 10)]
+    #[arg(short = 'T', long = "limit", value_name = "N", default_value = "10", value_parser = limit)]
     pub limit: usize,
     /// Count only blocks that have been live for at least MS milliseconds
     #[arg(long, value_name = "MS")]
@@ -155,12 +177,7 @@ pub struct Run {
     #[command(flatten)]
     pub trace: TraceOptions,
     /// The program and its arguments
-    #[arg(
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "CMD"
-    )]
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     pub command: Vec<OsString>,
 }
 
@@ -168,16 +185,16 @@ pub struct Run {
 #[derive(Debug, ClapArgs)]
 pub struct Attach {
     /// Processes to trace
-    #[arg(value_name = "PID", required_unless_present = "pid")]
+    #[arg(value_name = "PID", required_unless_present = "pid", value_parser = pid)]
     pub pids: Vec<u32>,
     /// A process to trace (the same as naming it without -p)
-    #[arg(short, long = "pid", value_name = "PID")]
+    #[arg(short, long = "pid", value_name = "PID", value_parser = pid)]
     pub pid: Vec<u32>,
     /// Seconds between tables
     #[arg(long, value_name = "S", default_value = "10", value_parser = seconds)]
     pub interval: Duration,
     /// Tables to print before the session ends
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
     /// Seconds after which the session ends
     #[arg(long, value_name = "S", value_parser = seconds)]
@@ -208,7 +225,7 @@ impl Attach {
 #[derive(Debug, ClapArgs)]
 pub struct Doctor {
     /// Processes to look at
-    #[arg(value_name = "PID")]
+    #[arg(value_name = "PID", value_parser = pid)]
     pub pids: Vec<u32>,
     /// Form of the answer
     #[arg(long, value_enum, default_value_t)]
@@ -227,6 +244,22 @@ pub struct Demo {
     /// Reporting
     #[command(flatten)]
     pub report: ReportOptions,
+}
+
+/// A process's number.
+fn pid(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err("it is no process number (`pidof NAME` tells those of a program)".to_owned()),
+    }
+}
+
+/// At least one site.
+fn limit(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(limit) if limit > 0 => Ok(limit),
+        _ => Err("it must be a number from 1 on".to_owned()),
+    }
 }
 
 /// A positive number of seconds, fractions allowed.

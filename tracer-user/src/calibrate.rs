@@ -9,7 +9,7 @@ use std::{num::NonZeroU32, time::Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use serde::Serialize;
-use tracer_common::alloc_spec::{AllocSpec, Family, NO_REGISTER, ResultKind};
+use tracer_common::alloc_spec::AllocSpec;
 
 use crate::{
     bpf::{
@@ -126,20 +126,12 @@ fn locate(mappings: &[Mapping], function: extern "C" fn()) -> anyhow::Result<(&M
         .iter()
         .find(|mapping| (mapping.start..mapping.end).contains(&address))
         .ok_or_else(|| anyhow!("failed to find unfreed's own code in its maps"))?;
-    let spec = AllocSpec {
-        size: NO_REGISTER,
-        count: NO_REGISTER,
-        pointer: NO_REGISTER,
-        out_pointer: NO_REGISTER,
-        result: ResultKind::Pointer,
-        family: Family::Heap,
-    };
     let file_offset = address - mapping.start + mapping.file_offset;
     Ok((
         mapping,
         Point {
             file_offset,
-            cookie: spec.to_cookie(),
+            cookie: AllocSpec::NONE.to_cookie(),
         },
     ))
 }

@@ -78,10 +78,19 @@ impl Files {
             return Rc::clone(known);
         }
         let map_file = mapping.map_file(pid);
+        // Opening a device has effects.
+        let is_regular = std::fs::metadata(&map_file).is_ok_and(|metadata| metadata.is_file());
         let known = Rc::new(KnownFile {
             path: mapping.path.clone(),
-            module: Module::read(&map_file, &self.search).map_err(|error| format!("{error:#}")),
-            handle: File::open(&map_file).ok(),
+            module: match is_regular {
+                true => Module::read(&map_file, &self.search).map_err(|error| format!("{error:#}")),
+                false => Err("no regular file".to_owned()),
+            },
+            handle: if is_regular {
+                File::open(&map_file).ok()
+            } else {
+                None
+            },
         });
         self.known.insert(mapping.file, Rc::clone(&known));
         known

@@ -223,6 +223,8 @@ pub struct Host {
     pub uprobes: Option<bool>,
     /// The uretprobe system call; None if it could not be found out.
     pub uretprobe_syscall: Option<UretprobeSyscall>,
+    /// Whether our PIDs are those that the kernel tells processes by.
+    pub in_initial_pid_namespace: bool,
 }
 
 /// Why nothing can be traced on a host, and what to do.
@@ -240,6 +242,13 @@ pub enum Problem {
          the kernel: run it as root on the host"
     )]
     UserNamespace,
+    /// PIDs as we see them are not the kernel's.
+    #[error(
+        "unfreed runs in a PID namespace (a container?), where PIDs are not those that the kernel \
+         tells processes by: run it on the host, or in a container with the host's PID namespace \
+         (--pid=host)"
+    )]
+    PidNamespace,
     /// Capabilities are missing.
     #[error(
         "not permitted to trace: run unfreed as root (it lacks {})",
@@ -289,7 +298,7 @@ impl Problem {
     pub const fn fact(&self) -> &'static str {
         match self {
             Self::Architecture(_) | Self::TooOld { .. } => "kernel",
-            Self::UserNamespace | Self::Privileges { .. } => "privileges",
+            Self::UserNamespace | Self::PidNamespace | Self::Privileges { .. } => "privileges",
             Self::Lockdown => "lockdown",
             Self::NoBtf => "BTF",
             Self::BpfRefused(_) => "BPF",
@@ -327,6 +336,7 @@ impl Host {
                 .exists()
                 .then(|| Path::new("/sys/bus/event_source/devices/uprobe/type").exists()),
             uretprobe_syscall: uretprobe::ask(),
+            in_initial_pid_namespace: in_initial_pid_namespace(),
         }
     }
 
@@ -342,6 +352,9 @@ impl Host {
             problems.push(Problem::Privileges { missing });
         } else if !self.privileges.in_initial_user_namespace {
             problems.push(Problem::UserNamespace);
+        }
+        if !self.in_initial_pid_namespace {
+            problems.push(Problem::PidNamespace);
         }
         if self.lockdown == Some(Lockdown::Confidentiality) {
             problems.push(Problem::Lockdown);
@@ -382,6 +395,18 @@ impl Host {
         }
     }
 
+    /// Whether `uprobe_multi` links for one process see all of its threads: not before 6.10, 6.9.5
+    /// and 6.6.35, where a link compares threads instead of processes.
+    #[must_use]
+    pub fn trusts_uprobe_multi(&self) -> bool {
+        self.version
+            .is_some_and(|version| match (version.major, version.minor) {
+                (6, 6) => version.patch >= 35,
+                (6, 9) => version.patch >= 5,
+                newer_or_older => newer_or_older >= (6, 10),
+            })
+    }
+
     /// What this kernel emulates at a probe.
     #[must_use]
     pub fn emulation(&self) -> Emulation {
@@ -410,6 +435,12 @@ fn uname() -> (String, String) {
 
 fn number(path: &str) -> Option<i32> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+fn in_initial_pid_namespace() -> bool {
+    // PROC_PID_INIT_INO.
+    const INITIAL: u64 = 0xEFFF_FFFC;
+    fs::metadata("/proc/self/ns/pid").map_or(true, |namespace| namespace.ino() == INITIAL)
 }
 
 fn in_initial_user_namespace() -> bool {
@@ -464,6 +495,7 @@ pub(crate) mod tests {
             perf_event_paranoid: Some(2),
             uprobes: Some(true),
             uretprobe_syscall: None,
+            in_initial_pid_namespace: true,
         }
     }
 

@@ -20,5 +20,6 @@ pub mod probe_point;
 pub mod report;
 pub mod session;
 pub mod signals;
+pub mod summary;
 pub mod symbolize;
 pub mod target;

@@ -2,11 +2,14 @@
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
-use tracer_user::{args::Args, commands};
+use tracer_user::{args::Args, commands, diagnostics};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    tracer_user::diagnostics::init(args.verbose);
-    commands::dispatch(&args)
+    match Args::read() {
+        Ok(args) => {
+            diagnostics::init(args.verbose);
+            commands::dispatch(&args)
+        }
+        Err(status) => status,
+    }
 }

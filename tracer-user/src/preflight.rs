@@ -506,6 +506,7 @@ mod tests {
         ] {
             let host = Host {
                 uretprobe_syscall: Some(seen),
+                in_initial_pid_namespace: true,
                 ..on(version.0, version.1, 0)
             };
             assert_eq!(refused(&facts, &host), expected, "{seen:?}");

@@ -11,11 +11,11 @@ use std::{
 
 use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
-use sha2::{Digest as _, Sha256};
 use tokio::io::unix::AsyncFd;
 use tracer_common::{
-    event::{EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES, StackEnd},
-    instance::Instance,
+    event::{EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES},
+    instance::HELD,
+    ledger::{Block, BlockKey},
     site::Site,
 };
 
@@ -28,28 +28,11 @@ use crate::{
     discover::{module::Search, process::Process},
     files::{Files, Location},
     host::Host,
-    report::{Exit, Filters, Frame, HostFacts, ProcessReport, Report, SCHEMA, SiteReport, Totals},
+    report::{Exit, Filters, HostFacts, Report, SCHEMA},
+    summary::{Ages, Figures, Stack, process_report},
     symbolize::Names,
     target::{End, Target},
 };
-
-/// A site's stack, as places in files.
-#[derive(Debug)]
-struct Stack {
-    locations: Vec<Location>,
-    end: u32,
-}
-
-/// Live blocks of a site, from a walk through the ledger.
-#[derive(Clone, Copy, Debug, Default)]
-struct Ages {
-    /// Earliest birth, `CLOCK_MONOTONIC` in nanoseconds.
-    oldest_birth_ns: u64,
-    /// Blocks born early enough.
-    old_blocks: u64,
-    /// Their bytes.
-    old_bytes: u64,
-}
 
 /// A tracing session.
 pub struct Session {
@@ -69,6 +52,8 @@ pub struct Session {
     started_ns: u64,
     /// When recording ended.
     stopped_ns: Option<u64>,
+    /// Ages of the blocks of ended instances that were taken out of the ledger.
+    purged: HashMap<u32, Ages>,
 }
 
 impl Session {
@@ -80,6 +65,12 @@ impl Session {
         trace: &TraceOptions,
         report: &ReportOptions,
     ) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            trace.min_size <= trace.max_size,
+            "no block is at least {} and at most {} bytes large (-z, -Z)",
+            trace.min_size,
+            trace.max_size
+        );
         let host = Host::read();
         host.check()?;
         let mut tracer = Tracer::load(
@@ -89,7 +80,7 @@ impl Session {
                 min_size_bytes: trace.min_size,
                 max_size_bytes: trace.max_size,
             },
-            trace.perf_links,
+            trace.perf_links || !host.trusts_uprobe_multi(),
         )?;
         // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
         let events = unsafe { AsyncFd::register(tracer.take_events()?) }
@@ -120,6 +111,7 @@ impl Session {
             started: SystemTime::now(),
             started_ns: monotonic_ns(),
             stopped_ns: None,
+            purged: HashMap::new(),
         })
     }
 
@@ -179,6 +171,15 @@ impl Session {
         self.targets[index].hook_loader(&mut self.tracer)
     }
 
+    /// Lets a held process go, without its probes, whatever fails.
+    pub fn release(&mut self, index: usize) {
+        let Some(target) = self.targets.get_mut(index) else {
+            return;
+        };
+        self.tracer.clear_flag(target.instance, HELD);
+        links::detach(target.disarm(&self.tracer));
+    }
+
     /// Takes the hook away again.
     pub fn unhook_loader(&mut self, index: usize) {
         self.targets[index].unhook_loader();
@@ -200,6 +201,18 @@ impl Session {
         self.targets[index].expect_probes(self.only.as_ref())
     }
 
+    /// Fails if a target's PID has become another process, or another program, while it was probed.
+    pub fn expect_same_process(&self, index: usize) -> anyhow::Result<()> {
+        let process = &self.targets[index].process;
+        anyhow::ensure!(
+            process.is_still_there(),
+            "PID {} ({}) ended or became another program while it was being attached to",
+            process.pid,
+            process.comm
+        );
+        Ok(())
+    }
+
     /// Waits until the kernel side has something to say.
     pub async fn event(&self) -> anyhow::Result<()> {
         self.events
@@ -212,6 +225,7 @@ impl Session {
 
     /// Takes in all that the kernel side has said.
     pub fn drain(&mut self) {
+        self.tracer.flush_log();
         let Self {
             events,
             targets,
@@ -219,6 +233,8 @@ impl Session {
             stacks,
             ..
         } = self;
+        // Frames that cannot be located make a look at the maps worth while, once.
+        let mut may_refresh = true;
         while let Some(record) = events.get_mut().next() {
             let Some(header) = header(&record) else {
                 continue;
@@ -231,42 +247,73 @@ impl Session {
             };
             match header.kind {
                 kind if kind == EventKind::Stack as u32 => {
-                    if let Some(stack) = stack(&record, target, files) {
+                    if let Some(stack) = stack(&record, target, files, &mut may_refresh) {
                         stacks.entry(header.detail).or_insert(stack);
                     }
                 }
-                kind if kind == EventKind::Exec as u32 => target.end = Some(End::Replaced),
+                kind if kind == EventKind::Exec as u32 => target.ended(End::Replaced),
                 kind if kind == EventKind::Exit as u32 => {
-                    target.end = Some(End::Exited(Exit::from_wait_status(header.detail)));
+                    target.ended(End::Exited(Exit::from_wait_status(header.detail)));
                 }
                 kind if kind == EventKind::MainThreadExit as u32 => {
                     target.main_thread_exited = true;
                 }
-                // Forks are counted in the instance; following them is for later.
                 _ => {}
             }
         }
     }
 
-    /// Takes the probes of ended instances away. After an `exec` they would be hit by the new
-    /// program: the kernel tells processes by their PID.
-    pub fn detach_ended(&mut self) {
+    /// Takes the probes of ended instances away, and their blocks out of the ledger while others
+    /// need the room. Gives the indexes of those that have ended since the last call.
+    ///
+    /// After an `exec` the probes would be hit by the new program: the kernel tells processes by
+    /// their PID.
+    pub fn detach_ended(&mut self) -> anyhow::Result<Vec<usize>> {
         let Self {
             targets, tracer, ..
         } = self;
-        let links = targets
-            .iter_mut()
-            .filter(|target| target.end.is_some() && target.is_probed())
-            .flat_map(|target| target.disarm(tracer))
-            .collect();
-        links::detach(links);
+        let mut ended = Vec::new();
+        let mut taken = Vec::new();
+        for (index, target) in targets.iter_mut().enumerate() {
+            if target.end.is_some() && target.is_probed() {
+                taken.extend(target.disarm(tracer));
+                ended.push(index);
+            }
+        }
+        links::detach(taken);
+        if !self.all_ended() {
+            for index in &ended {
+                self.purge(*index)?;
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Takes an ended instance's blocks out of the ledger; how old they were is kept.
+    fn purge(&mut self, index: usize) -> anyhow::Result<()> {
+        let target = &self.targets[index];
+        let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
+        let minimum_age_ns = self.filters.older_ms.unwrap_or(0).saturating_mul(1_000_000);
+        let blocks = self.tracer.purge(target.instance)?;
+        for block in &blocks {
+            self.purged
+                .entry(block.site)
+                .or_default()
+                .add(block, end_ns, minimum_age_ns);
+        }
+        log::info!(
+            "PID {}: {} blocks of the ended process taken out of the ledger",
+            target.process.pid,
+            blocks.len()
+        );
+        Ok(())
     }
 
     /// Looks whether targets are gone whose end was not heard of.
     pub fn notice_gone(&mut self) {
         for target in &mut self.targets {
             if target.end.is_none() && !Process::is_alive(target.process.pid) {
-                target.end = Some(End::Gone);
+                target.ended(End::Gone);
             }
         }
     }
@@ -306,17 +353,19 @@ impl Session {
 
     /// Ages of live blocks by site. Walks the ledger.
     fn ages(&self, now_ns: u64) -> anyhow::Result<HashMap<u32, Ages>> {
-        let born_before = now_ns.saturating_sub(self.filters.older_ms.unwrap_or(0) * 1_000_000);
-        let mut by_site: HashMap<u32, Ages> = HashMap::new();
-        self.tracer.for_each_block(|_, block| {
-            let ages = by_site.entry(block.site).or_insert_with(|| Ages {
-                oldest_birth_ns: u64::MAX,
-                ..Ages::default()
-            });
-            ages.oldest_birth_ns = ages.oldest_birth_ns.min(block.birth_ns);
-            if block.birth_ns <= born_before {
-                ages.old_blocks += 1;
-                ages.old_bytes += block.size_bytes;
+        let ends: HashMap<u64, u64> = self
+            .targets
+            .iter()
+            .map(|target| (u64::from(target.instance), target.end_ns.unwrap_or(now_ns)))
+            .collect();
+        let minimum_age_ns = self.filters.older_ms.unwrap_or(0).saturating_mul(1_000_000);
+        let mut by_site = self.purged.clone();
+        self.tracer.for_each_block(|key: BlockKey, block: Block| {
+            if let Some(end_ns) = ends.get(&key.instance) {
+                by_site
+                    .entry(block.site)
+                    .or_default()
+                    .add(&block, *end_ns, minimum_age_ns);
             }
         })?;
         Ok(by_site)
@@ -347,19 +396,16 @@ impl Session {
             let state = self.tracer.instance(target.instance);
             untracked_frees += state.untracked_frees;
             let sites = by_instance.remove(&target.instance).unwrap_or_default();
-            processes.push(process_report(
-                target,
-                &state,
-                &sites,
-                &SiteContext {
-                    stacks: &self.stacks,
-                    ages: &ages,
-                    now_ns,
-                    older,
-                    sees_vfork: self.tracer.attacher().sees_vfork(),
-                },
-                &mut self.names,
-            ));
+            let figures = Figures {
+                state: &state,
+                sites: &sites,
+                stacks: &self.stacks,
+                ages: &ages,
+                now_ns: target.end_ns.unwrap_or(now_ns),
+                older,
+                sees_vfork: self.tracer.attacher().sees_vfork(),
+            };
+            processes.push(process_report(target, &figures, &mut self.names));
         }
         let missed_events: BTreeMap<_, _> = self
             .tracer
@@ -397,7 +443,12 @@ fn header(record: &[u8]) -> Option<EventHeader> {
 }
 
 /// The stack of an event. Its frames become places in files now, while the process is there.
-fn stack(record: &[u8], target: &mut Target, files: &mut Files) -> Option<Stack> {
+fn stack(
+    record: &[u8],
+    target: &mut Target,
+    files: &mut Files,
+    may_refresh: &mut bool,
+) -> Option<Stack> {
     let end = u32::from_ne_bytes(record.get(28..32)?.try_into().ok()?);
     let addresses: Vec<u64> = record
         .get(STACK_EVENT_PREFIX_BYTES..)?
@@ -407,7 +458,8 @@ fn stack(record: &[u8], target: &mut Target, files: &mut Files) -> Option<Stack>
         .map(|bytes| u64::from_ne_bytes(*bytes))
         .collect();
     let is_unknown = |address: &u64| matches!(target.space.locate(*address), Location::Unknown(_));
-    if addresses.iter().any(is_unknown) && target.end.is_none() {
+    if *may_refresh && addresses.iter().any(is_unknown) && target.end.is_none() {
+        *may_refresh = false;
         // Mapped since (dlopen). If the process is gone, the frames stay addresses.
         let _ = target.space.refresh(target.process.pid, files);
     }
@@ -416,134 +468,4 @@ fn stack(record: &[u8], target: &mut Target, files: &mut Files) -> Option<Stack>
         .map(|address| target.space.locate(*address))
         .collect();
     Some(Stack { locations, end })
-}
-
-/// What a site's entry in the report is made of, beside its counters.
-struct SiteContext<'a> {
-    stacks: &'a HashMap<u32, Stack>,
-    ages: &'a HashMap<u32, Ages>,
-    now_ns: u64,
-    older: bool,
-    /// Whether calls of children that borrow the memory are seen.
-    sees_vfork: bool,
-}
-
-fn process_report(
-    target: &Target,
-    state: &Instance,
-    sites: &[(u32, Site)],
-    context: &SiteContext<'_>,
-    names: &mut Names,
-) -> ProcessReport {
-    let mut totals = Totals {
-        peak_live_bytes: target.peak_live_bytes,
-        ..Totals::default()
-    };
-    let mut site_reports: Vec<SiteReport> = Vec::with_capacity(sites.len());
-    for (id, site) in sites {
-        totals.allocs += site.allocs;
-        totals.frees += site.frees;
-        totals.alloc_bytes += site.alloc_bytes;
-        totals.freed_bytes += site.freed_bytes;
-        site_reports.push(site_report(*id, site, context, names));
-    }
-    totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
-    totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
-    totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
-    site_reports.sort_by(|a, b| {
-        (b.live_bytes, b.live_blocks, b.alloc_bytes, &a.id).cmp(&(
-            a.live_bytes,
-            a.live_blocks,
-            a.alloc_bytes,
-            &b.id,
-        ))
-    });
-    ProcessReport {
-        pid: target.process.pid,
-        exe: target.process.exe.display().to_string(),
-        comm: target.process.comm.clone(),
-        exit: match target.end {
-            Some(End::Exited(exit)) => Some(exit),
-            _ => None,
-        },
-        replaced_by_exec: target.end == Some(End::Replaced),
-        untraced_children: state.forks,
-        unseen_vfork_children: if context.sees_vfork {
-            0
-        } else {
-            state.borrowers
-        },
-        main_thread_exited: target.main_thread_exited,
-        totals,
-        sites: site_reports,
-    }
-}
-
-fn site_report(id: u32, site: &Site, context: &SiteContext<'_>, names: &mut Names) -> SiteReport {
-    let stack = context.stacks.get(&id);
-    let frames: Vec<Frame> = stack
-        .iter()
-        .flat_map(|stack| &stack.locations)
-        .flat_map(|location| names.frames(location).to_vec())
-        .collect();
-    // glibc's start of a thread keeps no frame pointer to go on from.
-    let reaches_start = frames
-        .last()
-        .and_then(|frame| frame.function.as_deref())
-        .is_some_and(|function| {
-            matches!(
-                function,
-                "__libc_start_call_main" | "start_thread" | "_start"
-            )
-        });
-    let ages = context.ages.get(&id).copied();
-    let (live_blocks, live_bytes) = if context.older {
-        ages.map_or((0, 0), |ages| (ages.old_blocks, ages.old_bytes))
-    } else {
-        (
-            site.allocs.saturating_sub(site.frees),
-            site.alloc_bytes.saturating_sub(site.freed_bytes),
-        )
-    };
-    SiteReport {
-        id: stable_id(stack),
-        allocs: site.allocs,
-        frees: site.frees,
-        alloc_bytes: site.alloc_bytes,
-        freed_bytes: site.freed_bytes,
-        live_blocks,
-        live_bytes,
-        oldest_s: ages
-            .filter(|_| live_blocks > 0)
-            .map(|ages| context.now_ns.saturating_sub(ages.oldest_birth_ns) as f64 / 1e9),
-        missed_frees: site.missed_frees,
-        stack: frames,
-        stack_cut: stack.and_then(|stack| match stack.end {
-            end if end == StackEnd::DepthLimit as u32 => Some("deeper frames were not taken"),
-            end if end == StackEnd::Lost as u32 && !reaches_start => {
-                Some("the code beyond keeps no frame pointers")
-            }
-            _ => None,
-        }),
-    }
-}
-
-/// An id that depends on the binaries and the places in them only, not on where they were mapped.
-fn stable_id(stack: Option<&Stack>) -> String {
-    let mut hash = Sha256::new();
-    for location in stack.iter().flat_map(|stack| &stack.locations) {
-        match location {
-            Location::File(file, offset) => {
-                let name = file.build_id().map_or_else(|| file.name(), str::to_owned);
-                hash.update(name.as_bytes());
-                hash.update(offset.to_le_bytes());
-            }
-            Location::Unknown(_) => hash.update(b"?"),
-        }
-    }
-    hash.finalize()
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, bail};
 use crate::{
     bpf::{
         links::{self, Link, Point, ProbeProgram},
-        tracer::Tracer,
+        tracer::{Tracer, monotonic_ns},
     },
     discover::{allocators::Call, module::FileId, process::Process},
     files::{AddressSpace, Files, Segment, is_named},
@@ -37,6 +37,8 @@ pub struct Target {
     pub space: AddressSpace,
     /// How it ended, once it has.
     pub end: Option<End>,
+    /// When it ended, as far as we know, `CLOCK_MONOTONIC` in nanoseconds.
+    pub end_ns: Option<u64>,
     /// Whether its main thread ended while others went on. The kernel tells a process by its main
     /// thread's memory, so from then on it may take the probes away.
     pub main_thread_exited: bool,
@@ -57,6 +59,7 @@ impl Target {
             instance,
             space: AddressSpace::default(),
             end: None,
+            end_ns: None,
             main_thread_exited: false,
             peak_live_bytes: 0,
             links: Vec::new(),
@@ -141,16 +144,16 @@ impl Target {
         Ok(())
     }
 
+    /// Notes that the instance has ended, just now.
+    pub fn ended(&mut self, end: End) {
+        self.end = Some(end);
+        self.end_ns.get_or_insert_with(monotonic_ns);
+    }
+
     /// Functions that are probed.
     #[must_use]
     pub const fn probes(&self) -> usize {
         self.probes
-    }
-
-    /// Whether the dynamic loader is hooked.
-    #[must_use]
-    pub fn has_loader_hook(&self) -> bool {
-        !self.loader_hook.is_empty()
     }
 
     /// Has the process stop whenever its dynamic loader reports that libraries were mapped. False

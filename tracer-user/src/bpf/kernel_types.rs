@@ -25,6 +25,7 @@ pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
     config.task_exit_code = offset(&btf, "task_struct", &["exit_code"])?;
     config.task_signal = offset(&btf, "task_struct", &["signal"])?;
     config.signal_live = offset(&btf, "signal_struct", &["live"])?;
+    config.signal_flags = offset(&btf, "signal_struct", &["flags"])?;
     config.task_mm = offset(&btf, "task_struct", &["mm"])?;
     config.mm_xol_area = offset(&btf, "mm_struct", &["uprobes_state", "xol_area"])?;
     config.xol_area_vaddr = offset(&btf, "xol_area", &["vaddr"])?;

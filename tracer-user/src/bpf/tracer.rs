@@ -13,6 +13,7 @@ use aya::{
     maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::RawTracePoint,
 };
+use aya_log::EbpfLogger;
 use tracer_common::{
     config::{CONFIG_SYMBOL, Config},
     instance::{ARMED, Instance, MAX_INSTANCES, Membership},
@@ -69,7 +70,6 @@ impl Limits {
 const OWN_BYTES: u64 = 48 << 20;
 
 /// The loaded programs and maps. Dropping it unloads everything.
-#[derive(Debug)]
 pub struct Tracer {
     ebpf: Ebpf,
     attacher: Attacher,
@@ -77,7 +77,8 @@ pub struct Tracer {
     next_instance: u32,
     sites: MappedArray<Site>,
     max_sites: u32,
-    limits: Limits,
+    /// Diagnostics of the programs, where they are asked for.
+    log: Option<EbpfLogger<&'static dyn log::Log>>,
 }
 
 impl Tracer {
@@ -110,11 +111,6 @@ impl Tracer {
             .map_max_entries("SITE_IDS", limits.max_sites)
             .load(OBJECT)
             .map_err(|error| explain(error, &limits))?;
-        if log_level > 0
-            && let Err(error) = aya_log::EbpfLogger::init(&mut ebpf)
-        {
-            log::warn!("the BPF programs' log cannot be read: {error}");
-        }
         for name in RAW_TRACEPOINTS {
             let program: &mut RawTracePoint = ebpf
                 .program_mut(name)
@@ -128,6 +124,11 @@ impl Tracer {
                 .with_context(|| format!("failed to attach to the kernel's tracepoint {name}"))?;
         }
         let attacher = Attacher::load(OBJECT, &mut ebpf, perf_links)?;
+        // Last, as it takes its map away from where a second loader looks for it.
+        let log = match log_level {
+            0 => None,
+            _ => Some(EbpfLogger::init(&mut ebpf).context("failed to open the BPF log")?),
+        };
         let instances = MappedArray::new(data(&ebpf, "INSTANCES")?, MAX_INSTANCES as usize)
             .context("failed to map the instances")?;
         let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
@@ -139,14 +140,15 @@ impl Tracer {
             next_instance: 0,
             sites,
             max_sites: limits.max_sites,
-            limits,
+            log,
         })
     }
 
-    /// What the session may record.
-    #[must_use]
-    pub const fn limits(&self) -> &Limits {
-        &self.limits
+    /// Hands what the programs logged on to our own log.
+    pub fn flush_log(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
     }
 
     /// The ring buffer of events; can be taken once.
@@ -219,8 +221,8 @@ impl Tracer {
         if id >= self.max_sites {
             bail!("the site table is full (raise --max-sites)");
         }
-        // Another processor may take the same id for a stack in between; then both share it, which
-        // is what the overflow site is for.
+        // No instance records yet that could take an id at the same time: `attach` opens all before
+        // it arms any, and under `run` the only process stands.
         count.set(0, id + 1, 0)?;
         let site = self.sites.pointer(id as usize);
         // SAFETY: a live element of the mapping.
@@ -238,8 +240,11 @@ impl Tracer {
         unsafe { AtomicU32::from_ptr(&raw mut (*state).flags) }
     }
 
-    /// Begins to record.
+    /// Begins to record, if that has not begun.
     pub fn arm(&self, instance: u32) {
+        if self.instance(instance).armed_at_ns != 0 {
+            return;
+        }
         let state = self.instances.pointer(instance as usize);
         // SAFETY: a live element; programs read the field only once the flag below is set.
         unsafe { (&raw mut (*state).armed_at_ns).write_volatile(monotonic_ns()) };
@@ -320,13 +325,12 @@ impl Tracer {
             .context("failed to read the ledger")
     }
 
-    /// Forgets the live blocks of an ended instance, whose figures have been read, so that they
-    /// take no room in the ledger. Gives how many there were.
-    pub fn purge(&mut self, instance: u32) -> anyhow::Result<u64> {
-        let mut keys = Vec::new();
-        self.for_each_block(|key, _| {
+    /// Takes the live blocks of an ended instance out of the ledger, so that they take no room.
+    pub fn purge(&mut self, instance: u32) -> anyhow::Result<Vec<Block>> {
+        let mut found = Vec::new();
+        self.for_each_block(|key, block| {
             if key.instance == u64::from(instance) {
-                keys.push(key);
+                found.push((key, block));
             }
         })?;
         let map = self
@@ -334,15 +338,15 @@ impl Tracer {
             .map_mut("LEDGER")
             .ok_or_else(|| anyhow!("no map LEDGER"))?;
         let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
-        let mut purged = 0;
-        for key in keys {
+        let mut blocks = Vec::with_capacity(found.len());
+        for (key, block) in found {
             match ledger.remove(&key) {
-                Ok(()) => purged += 1,
+                Ok(()) => blocks.push(block),
                 Err(MapError::KeyNotFound) => {}
                 Err(error) => return Err(error).context("failed to purge the ledger"),
             }
         }
-        Ok(purged)
+        Ok(blocks)
     }
 }
 

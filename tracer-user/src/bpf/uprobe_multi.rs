@@ -9,7 +9,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -112,11 +112,5 @@ impl Programs {
         let path = CString::new(file.as_os_str().as_bytes())?;
         let path: &CStr = &path;
         sys::link_uprobe_multi(program.as_fd(), path, &offsets, &cookies, returns, pid)
-    }
-
-    /// Descriptor of a program, for its run statistics.
-    #[must_use]
-    pub fn descriptor(&self, program: &str) -> Option<RawFd> {
-        self.programs.get(program).map(|fd| fd.as_raw_fd())
     }
 }

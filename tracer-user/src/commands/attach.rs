@@ -15,14 +15,18 @@ use crate::{
     args::{Attach, Format, ReportOptions, TraceOptions},
     calibrate,
     discover::process::Process,
+    host::Host,
     preflight,
     report::{self, Report},
     session::Session,
     signals::Signals,
+    target::{End, Target},
 };
 
 /// Traces running processes until the user has seen enough.
 pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
+    // First what no PID can change.
+    Host::read().check()?;
     report::check_output(&args.report)?;
     let pids = args.all_pids();
     let mut processes = Vec::new();
@@ -64,7 +68,12 @@ pub(super) async fn trace(
     let mut session = Session::new(command, plan.trace, plan.report)?;
     // From here on Ctrl-C means: report. It is held back before anything is attached, so that the
     // probes are always taken away in order.
-    let signals = Signals::hold(&[Signal::SIGINT, Signal::SIGTERM])?;
+    let signals = Signals::hold(&[
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ])?;
     let cost = calibrate::measure(session.tracer())?;
     session.set_trap_ns(cost.emulated_ns);
     let several = processes.len() > 1;
@@ -88,9 +97,13 @@ pub(super) async fn trace(
             target.process.pid,
             target.process.comm,
             target.probes(),
-            match plan.duration {
-                Some(duration) => format!("the report comes in {} s", duration.as_secs_f64()),
-                None => "Ctrl-C ends with the report".to_owned(),
+            match (plan.duration, plan.count) {
+                (Some(duration), _) => {
+                    format!("the report comes in {} s", duration.as_secs_f64())
+                }
+                (None, Some(1)) => "the report comes after the first table".to_owned(),
+                (None, Some(count)) => format!("the report comes after {count} tables"),
+                (None, None) => "Ctrl-C ends with the report".to_owned(),
             }
         ));
     }
@@ -109,7 +122,8 @@ fn begin(session: &mut Session, process: Process, force: bool) -> anyhow::Result
     let index = session.open(process, 0)?;
     let probed = session
         .probe(index)
-        .and_then(|_| session.expect_probes(index));
+        .and_then(|_| session.expect_probes(index))
+        .and_then(|()| session.expect_same_process(index));
     if probed.is_err() {
         session.give_up(index);
     }
@@ -150,10 +164,26 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
                 session.drain();
             }
         }
-        session.detach_ended();
+        for index in session.detach_ended()? {
+            tell_end(&session.targets()[index]);
+        }
         if session.all_ended() {
             return Ok(());
         }
+    }
+}
+
+/// Says that a process is no longer traced, and why.
+fn tell_end(target: &Target) {
+    let pid = target.process.pid;
+    let comm = &target.process.comm;
+    match target.end {
+        Some(End::Replaced) => say(format_args!(
+            "PID {pid} ({comm}) started another program, which is not traced: attach to it again, \
+             or trace it from its start by `unfreed run`"
+        )),
+        Some(_) => say(format_args!("PID {pid} ({comm}) has ended")),
+        None => {}
     }
 }
 

@@ -17,17 +17,19 @@ use super::{
 use crate::{
     args::{Demo, Format, TraceOptions},
     discover::process::Process,
+    host::Host,
     report,
 };
 
 /// Starts the server, traces it for some seconds, and explains what was found.
 pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
+    Host::read().check()?;
     report::check_output(&args.report)?;
     let server = Server::start()?;
     let pid = server.0.id();
     if args.report.format == Format::Text {
         say(format_args!(
-            "A small server was started as PID {pid}. It answers 2,000 requests a second and \
+            "A small server was started as PID {pid}. It answers some 2,000 requests a second and \
              forgets one session in ten.\nThis is what `unfreed attach {pid} --duration {}` makes \
              of it:\n",
             args.duration.as_secs_f64()
@@ -43,11 +45,15 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     let report = block_on(trace("demo", vec![Process::look(pid)?], &plan))?;
     report.give(&args.report, &mut io::stdout())?;
     if args.report.format == Format::Text {
-        say(
-            "\nSite #1 is the leak: `open_session` in commands/demo.rs keeps allocating and little of \
-             it is freed.\nThe requests' own buffers were freed and do not appear. Try it on a \
-             process of yours:\n  unfreed doctor PID\n  unfreed attach PID",
-        );
+        say("
+Both sites are the leak: `open_session` in commands/demo.rs allocates a session and its \
+             cart, and a
+tenth of them is never freed. The requests' own buffers were freed and do \
+             not appear. Now try it on
+a process of yours:
+  unfreed doctor PID
+  unfreed attach \
+             PID");
     }
     Ok(ExitCode::SUCCESS)
 }

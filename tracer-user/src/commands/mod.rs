@@ -9,10 +9,7 @@ use std::{fmt::Display, io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 
-use crate::args::{Args, Command};
-
-/// Exit status for a failure of unfreed itself under `run`, where others belong to the program.
-const RUN_FAILED: u8 = 125;
+use crate::args::{Args, Command, RUN_FAILED};
 
 /// Does what the command line says. Failures are told on standard error, in one line.
 #[must_use]

@@ -11,6 +11,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::{fd::OwnedFd, unix::ffi::OsStrExt as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -20,13 +21,17 @@ use nix::{
         signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, signal, sigprocmask},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{ForkResult, Pid, execvp, fork, pipe2},
+    unistd::{ForkResult, Pid, execvp, fork, getpgid, getpgrp, pipe2},
 };
 use tracer_common::instance::HELD;
 
 use super::{block_on, say};
 use crate::{
-    args::Run, discover::process::Process, preflight, report, session::Session, signals::Signals,
+    args::Run,
+    discover::process::Process,
+    preflight, report,
+    session::Session,
+    signals::{Received, Signals},
     target::End,
 };
 
@@ -63,6 +68,9 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         Signal::SIGQUIT,
         Signal::SIGCHLD,
     ])?;
+    // Inherited as ignored, it would hide the child's stops and its end.
+    // SAFETY: no handler is installed.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }.context("failed to set SIGCHLD")?;
     let child = Child::fork(&args.command, signals.mask_before())?;
     let mut held = Held {
         session: &mut session,
@@ -70,6 +78,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         current: 0,
         args,
         ended: None,
+        reports: 0,
     };
     held.current = held
         .session
@@ -97,7 +106,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
 /// The child between fork and exec.
 struct Child {
     pid: Pid,
-    /// Closing it lets the child go on.
+    /// A byte in it lets the child go on; closing it ends the child.
     gate: OwnedFd,
     /// Closed by a successful `exec`; else it tells the error.
     verdict: OwnedFd,
@@ -132,7 +141,9 @@ impl Child {
 
     /// Lets the child execute the program. Gives the error if it could not.
     fn release(self) -> anyhow::Result<Option<Errno>> {
-        drop(self.gate);
+        File::from(self.gate)
+            .write_all(&[1])
+            .context("failed to let the program start")?;
         // The child is stopped at `exec` only once this pipe is closed.
         let mut told = Vec::new();
         File::from(self.verdict)
@@ -149,14 +160,21 @@ fn become_program(
     wait: OwnedFd,
     mask: &SigSet,
 ) -> Result<Infallible, Errno> {
-    let mut nothing = [0];
-    let _ = File::from(wait).read(&mut nothing);
+    // Should unfreed die while it holds the program, the program goes on.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGCONT)?;
+    let mut go = [0];
+    if File::from(wait).read(&mut go).unwrap_or(0) == 0 {
+        return Err(Errno::ECANCELED);
+    }
     // Rust ignores SIGPIPE, which would be inherited.
     // SAFETY: no handler is installed.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl)? };
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(mask), None)?;
     execvp(&arguments[0], arguments)
 }
+
+/// Between looks at how much is live, for the peak.
+const INTERVAL: Duration = Duration::from_millis(100);
 
 /// The child once it runs.
 struct Held<'a> {
@@ -166,6 +184,8 @@ struct Held<'a> {
     current: usize,
     args: &'a Run,
     ended: Option<u8>,
+    /// Reports of the program's dynamic loader so far.
+    reports: u32,
 }
 
 impl Held<'_> {
@@ -175,34 +195,50 @@ impl Held<'_> {
 
     /// Follows the child to its end; gives its status as a shell would.
     async fn follow(&mut self, signals: &Signals) -> anyhow::Result<u8> {
-        let result = self.follow_to_end(signals).await;
-        if result.is_err() {
-            // Whatever went wrong, the program is not left standing.
-            self.session.stop()?;
-            let _ = kill(self.child, Signal::SIGCONT);
+        let Err(error) = self.follow_to_end(signals).await else {
+            return Ok(self.ended.unwrap_or_default());
+        };
+        // Whatever went wrong, the program is not left standing, nor alone with the terminal.
+        self.session.release(self.current);
+        let _ = kill(self.child, Signal::SIGCONT);
+        say(format_args!(
+            "unfreed: {error:#}; the program runs on untraced"
+        ));
+        loop {
+            let received = signals.next().await?;
+            self.forward(received);
+            let status = waitpid(self.child, Some(WaitPidFlag::WNOHANG));
+            if !matches!(status, Ok(WaitStatus::StillAlive)) {
+                return Err(error);
+            }
         }
-        result
     }
 
-    async fn follow_to_end(&mut self, signals: &Signals) -> anyhow::Result<u8> {
+    async fn follow_to_end(&mut self, signals: &Signals) -> anyhow::Result<()> {
+        let mut ticks = tokio::time::interval(INTERVAL);
         loop {
             self.notice()?;
-            if let Some(status) = self.ended {
-                return Ok(status);
+            if self.ended.is_some() {
+                return Ok(());
             }
             tokio::select! {
-                received = signals.next() => {
-                    let received = received?;
-                    // What the terminal sends, it sends to the child as well.
-                    if received.signal != Signal::SIGCHLD && !received.from_terminal {
-                        let _ = kill(self.child, received.signal);
-                    }
-                }
+                received = signals.next() => self.forward(received?),
                 event = self.session.event() => {
                     event?;
                     self.session.drain();
                 }
+                _ = ticks.tick() => self.session.tick()?,
             }
+        }
+    }
+
+    /// Hands a signal on to the child, unless the terminal has done that already: it sends to its
+    /// whole foreground process group.
+    fn forward(&self, received: Received) {
+        let reached_child = received.from_terminal
+            && getpgid(Some(self.child)).is_ok_and(|group| group == getpgrp());
+        if received.signal != Signal::SIGCHLD && !reached_child {
+            let _ = kill(self.child, received.signal);
         }
     }
 
@@ -214,7 +250,11 @@ impl Held<'_> {
                 WaitStatus::Exited(_, code) => self.ended = Some(code as u8),
                 WaitStatus::Signaled(_, signal, _) => self.ended = Some(128 + signal as u8),
                 WaitStatus::Stopped(_, Signal::SIGSTOP) => {
-                    self.stopped()?;
+                    match self.stopped() {
+                        // Killed while it stood: its end is what matters.
+                        Err(_) if !Process::is_alive(self.raw_pid()) => {}
+                        result => result?,
+                    }
                     continue;
                 }
                 WaitStatus::StillAlive => return Ok(()),
@@ -249,7 +289,7 @@ impl Held<'_> {
             let _ = kill(self.child, Signal::SIGKILL);
             return Err(refusal.context(format!("{} is not run", process.comm)));
         }
-        self.session.detach_ended();
+        self.session.detach_ended()?;
         if self.session.targets()[self.current].probes() == 0 {
             // The child before its program, or a program without an allocator.
             self.session.give_up(self.current);
@@ -260,14 +300,19 @@ impl Held<'_> {
             self.session.arm(self.current);
         }
         self.session.hook_loader(self.current)?;
+        self.reports = 0;
         Ok(())
     }
 
-    /// The loader has mapped libraries.
+    /// The loader is about to map libraries, or has mapped them.
     fn mapped(&mut self) -> anyhow::Result<()> {
+        self.reports += 1;
         if self.session.probe(self.current)? > 0 {
             self.session.arm(self.current);
-            self.session.unhook_loader(self.current);
+            // glibc's loader reports before it maps anything, and when all is mapped.
+            if self.reports >= 2 {
+                self.session.unhook_loader(self.current);
+            }
         }
         Ok(())
     }

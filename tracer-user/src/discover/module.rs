@@ -9,7 +9,7 @@ use object::{
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
-use tracer_common::alloc_spec::{AllocSpec, Family, NO_REGISTER, ResultKind};
+use tracer_common::alloc_spec::{AllocSpec, NO_REGISTER, ResultKind};
 
 use super::allocators::{self, Call, Signature};
 use crate::probe_point::{self, Emulation, Gpr, ProbeClass, ProbePoint};
@@ -86,14 +86,7 @@ impl Function {
         let register = |argument: u8| {
             self.probe_point.arg_registers[usize::from(argument)].map_or(NO_REGISTER, Gpr::number)
         };
-        let mut spec = AllocSpec {
-            size: NO_REGISTER,
-            count: NO_REGISTER,
-            pointer: NO_REGISTER,
-            out_pointer: NO_REGISTER,
-            result: ResultKind::Pointer,
-            family: Family::Heap,
-        };
+        let mut spec = AllocSpec::NONE;
         match self.call {
             Call::Alloc { size, count, old } => {
                 spec.size = register(size);
@@ -208,7 +201,11 @@ fn file_offset(elf: &Elf<'_>, address: u64) -> Option<u64> {
     elf.segments().find_map(|segment| {
         let (offset, length) = segment.file_range();
         let within = address.checked_sub(segment.address())?;
-        (within < length).then(|| offset + within)
+        if within < length {
+            offset.checked_add(within)
+        } else {
+            None
+        }
     })
 }
 
@@ -264,7 +261,7 @@ fn place(
         let call = found.signature.call;
         let arguments = call.arguments();
         // Without the survey anything may jump to right behind the entry, which leaves the entry.
-        let unknown = [address + 1];
+        let unknown = [address.saturating_add(1)];
         let probe_point = probe_point::choose(&probe_point::Request {
             code,
             address,

@@ -16,6 +16,8 @@ pub struct Process {
     pub exe: PathBuf,
     /// The kernel's short name of it.
     pub comm: String,
+    /// When it began, in clock ticks since boot: tells it from another with the same PID.
+    start_ticks: u64,
 }
 
 /// A file-backed piece of a process's address space.
@@ -52,7 +54,7 @@ impl Process {
         let stat = process
             .stat()
             .with_context(|| format!("failed to read PID {pid}"))?;
-        if stat.pid != stat.tgid_or_pid(&process) {
+        if process.status().is_ok_and(|status| status.tgid != stat.pid) {
             bail!("{pid} is a thread, not a process: give the PID of its process");
         }
         if is_over(&stat) {
@@ -75,14 +77,25 @@ impl Process {
                 stat.comm
             );
         }
-        let exe = process
-            .exe()
-            .map_err(|error| anyhow::anyhow!("failed to read the program of PID {pid}: {error}"))?;
+        let exe = process.exe().map_err(|error| match error {
+            procfs::ProcError::PermissionDenied(_) => {
+                anyhow::anyhow!("not permitted to look at PID {pid}: run unfreed as root")
+            }
+            error => anyhow::anyhow!("failed to read the program of PID {pid}: {error}"),
+        })?;
         Ok(Self {
             pid,
             exe: without_deleted_mark(exe),
             comm: stat.comm,
+            start_ticks: stat.starttime,
         })
+    }
+
+    /// Whether the PID still is the same process, running the same program.
+    #[must_use]
+    pub fn is_still_there(&self) -> bool {
+        Self::look(self.pid)
+            .is_ok_and(|now| now.start_ticks == self.start_ticks && now.exe == self.exe)
     }
 
     /// Whether any thread of the process is left.
@@ -100,6 +113,7 @@ impl Process {
             pid,
             exe: PathBuf::new(),
             comm: String::new(),
+            start_ticks: 0,
         }
     }
 
@@ -150,16 +164,6 @@ fn is_zombie(stat: &Stat) -> bool {
 /// The main thread stays as a zombie while others live.
 fn is_over(stat: &Stat) -> bool {
     is_zombie(stat) && stat.num_threads <= 1
-}
-
-trait TgidExt {
-    fn tgid_or_pid(&self, process: &ProcProcess) -> i32;
-}
-
-impl TgidExt for Stat {
-    fn tgid_or_pid(&self, process: &ProcProcess) -> i32 {
-        process.status().map_or(self.pid, |status| status.tgid)
-    }
 }
 
 fn open(pid: u32) -> anyhow::Result<ProcProcess> {

@@ -87,7 +87,10 @@ pub struct ProcessReport {
     pub exe: String,
     /// The kernel's short name of it.
     pub comm: String,
-    /// How it ended; null while it runs or if it was replaced by `exec`.
+    /// How long it was recorded, in seconds.
+    pub duration_s: f64,
+    /// How it ended; null while it runs or if it was replaced by `exec`, both members null if it is
+    /// gone and nobody said how.
     pub exit: Option<Exit>,
     /// Whether it was replaced by another program (`exec`).
     pub replaced_by_exec: bool,
@@ -189,6 +192,23 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
+impl SiteReport {
+    /// Adds the figures of a site with the same stack.
+    pub fn add(&mut self, other: &Self) {
+        self.allocs += other.allocs;
+        self.frees += other.frees;
+        self.alloc_bytes += other.alloc_bytes;
+        self.freed_bytes += other.freed_bytes;
+        self.live_blocks += other.live_blocks;
+        self.live_bytes += other.live_bytes;
+        self.missed_frees += other.missed_frees;
+        self.oldest_s = match (self.oldest_s, other.oldest_s) {
+            (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        };
+    }
+}
+
 /// One function of a stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Frame {
@@ -250,11 +270,16 @@ impl Report {
 /// after an hour.
 pub fn check_output(options: &ReportOptions) -> anyhow::Result<()> {
     if let Some(path) = &options.output {
+        let existed = path.exists();
         File::options()
             .append(true)
             .create(true)
             .open(path)
             .with_context(|| format!("failed to open {} for the report", path.display()))?;
+        if !existed {
+            // It comes with the report; a failed start leaves nothing behind.
+            let _ = std::fs::remove_file(path);
+        }
     }
     Ok(())
 }

@@ -24,16 +24,27 @@ fn write_process(
     to: &mut dyn Write,
 ) -> io::Result<()> {
     let totals = &process.totals;
-    writeln!(
+    write!(
         to,
         "PID {} {} ({}) traced for {}{}",
         process.pid,
         process.comm,
         process.exe,
-        duration(report.duration_s),
+        duration(process.duration_s),
         ending(process)
     )?;
-    writeln!(to)?;
+    if process.replaced_by_exec && report.processes.len() > 1 {
+        // What it was before is seldom what matters: JSON has it all.
+        return writeln!(
+            to,
+            ", with {} not freed\n",
+            counted(totals.live_blocks, "block")
+        );
+    }
+    writeln!(to, "\n")?;
+    if let Some(sizes) = recorded_sizes(report) {
+        writeln!(to, "  Only blocks of {sizes} were recorded.\n")?;
+    }
     writeln!(to, "  {:<10}{:>16}{:>13}", "", "blocks", "bytes")?;
     let mut row = |name: &str, blocks: u64, size: u64, note: &str| {
         writeln!(
@@ -45,22 +56,22 @@ fn write_process(
     };
     row("allocated", totals.allocs, totals.alloc_bytes, "")?;
     row("freed", totals.frees, totals.freed_bytes, "")?;
-    let peak = format!("   (at most {} at once)", bytes(totals.peak_live_bytes));
+    let peak = format!("   (highest seen: {})", bytes(totals.peak_live_bytes));
     row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
     writeln!(to)?;
     if process.untraced_children > 0 {
         writeln!(
             to,
-            "  {} of its children went their own way (fork) and were not traced.\n",
-            count(u64::from(process.untraced_children)),
+            "  {} of its own went their own way (fork) and were not traced.\n",
+            counted(u64::from(process.untraced_children), "process"),
         )?;
     }
     if process.unseen_vfork_children > 0 {
         writeln!(
             to,
-            "  ! {} of its children used its memory until they started a program (vfork). What they\n    \
-             allocated or freed in it is not in these figures.\n",
-            count(u64::from(process.unseen_vfork_children)),
+            "  ! It started {} by vfork, which use its memory until then. What they allocated or freed\n    \
+             in it, seldom anything, is not in these figures.\n",
+            counted(u64::from(process.unseen_vfork_children), "program"),
         )?;
     }
     if process.main_thread_exited {
@@ -78,10 +89,18 @@ fn write_process(
         .collect();
     match report.filters.older_ms {
         _ if holding.is_empty() && totals.allocs == 0 => {
-            return writeln!(to, "  Nothing was allocated while it was traced.\n");
+            let what = match recorded_sizes(report) {
+                Some(sizes) => format!("No block of {sizes}"),
+                None => "Nothing".to_owned(),
+            };
+            return writeln!(to, "  {what} was allocated while it was traced.\n");
         }
         Some(older_ms) if holding.is_empty() => {
-            return writeln!(to, "  No block that was not freed is {older_ms} ms old.\n");
+            return writeln!(
+                to,
+                "  No block that was not freed is {} old.\n",
+                duration(older_ms as f64 / 1e3)
+            );
         }
         None if holding.is_empty() => {
             return writeln!(to, "  Everything that was allocated was freed.\n");
@@ -99,13 +118,13 @@ fn write_process(
     writeln!(to)?;
     let digits = holding.len().min(limit).to_string().len();
     for (rank, site) in holding.iter().take(limit).enumerate() {
-        write_site(rank + 1, digits, site, to)?;
+        write_site(report, (rank + 1, digits), site, to)?;
     }
     if holding.len() > limit {
         let rest = &holding[limit..];
         writeln!(
             to,
-            "  … and {} more with {} in {} (-T {} shows them).\n",
+            "  … and {} more with {} in {} (all are shown with -T {}).\n",
             counted(rest.len() as u64, "site"),
             bytes(rest.iter().map(|site| site.live_bytes).sum()),
             counted(rest.iter().map(|site| site.live_blocks).sum(), "block"),
@@ -130,14 +149,34 @@ fn ending(process: &ProcessReport) -> String {
     }
 }
 
-fn write_site(rank: usize, digits: usize, site: &SiteReport, to: &mut dyn Write) -> io::Result<()> {
+/// `at least 64 bytes`, if only such blocks were recorded.
+fn recorded_sizes(report: &Report) -> Option<String> {
+    match (report.filters.min_size_bytes, report.filters.max_size_bytes) {
+        (None, None) => None,
+        (Some(least), None) => Some(format!("at least {}", bytes(least))),
+        (None, Some(most)) => Some(format!("at most {}", bytes(most))),
+        (Some(least), Some(most)) => Some(format!("{} to {}", bytes(least), bytes(most))),
+    }
+}
+
+fn write_site(
+    report: &Report,
+    (rank, digits): (usize, usize),
+    site: &SiteReport,
+    to: &mut dyn Write,
+) -> io::Result<()> {
     let oldest = site
         .oldest_s
         .map(|age| format!(", oldest {}", duration(age)))
         .unwrap_or_default();
+    let old = report
+        .filters
+        .older_ms
+        .map(|older_ms| format!(" at least {} old", duration(older_ms as f64 / 1e3)))
+        .unwrap_or_default();
     writeln!(
         to,
-        "  #{rank:<digits$}  {} in {}   ({} allocated, {} freed{oldest})",
+        "  #{rank:<digits$}  {} in {}{old}   ({} allocated, {} freed{oldest})",
         bytes(site.live_bytes),
         counted(site.live_blocks, "block"),
         count(site.allocs),
@@ -225,19 +264,6 @@ fn place(frame: &Frame) -> String {
 
 /// What the figures do not contain.
 fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
-    if report.untracked_frees > 0 {
-        let why =
-            if report.filters.min_size_bytes.is_some() || report.filters.max_size_bytes.is_some() {
-                "or left out by size"
-            } else {
-                "and so not counted"
-            };
-        writeln!(
-            to,
-            "{} of blocks from before tracing began, {why}.",
-            counted(report.untracked_frees, "free")
-        )?;
-    }
     let missed: Vec<_> = Missed::ALL
         .iter()
         .filter_map(|missed| {
@@ -245,26 +271,37 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
             (number > 0).then_some((*missed, number))
         })
         .collect();
+    if report.untracked_frees > 0 {
+        let of = if recorded_sizes(report).is_some() {
+            "blocks from before tracing began, or left out by size"
+        } else if missed.is_empty() {
+            "blocks from before tracing began, and so not counted"
+        } else {
+            "blocks that are not in the books: from before tracing began, or not recorded"
+        };
+        writeln!(to, "{} of {of}.", counted(report.untracked_frees, "free"))?;
+    }
     let has_gap =
         |process: &ProcessReport| process.unseen_vfork_children > 0 || process.main_thread_exited;
-    if missed.is_empty() && report.processes.iter().any(has_gap) {
+    if !missed.is_empty() {
+        writeln!(to, "Not everything was seen:")?;
+        for (missed, number) in missed {
+            writeln!(to, "  {} {}", count(number), missed.effect())?;
+        }
+    } else if report.processes.iter().any(has_gap) {
         writeln!(
             to,
             "But for what is marked with ! above, every call was seen."
         )?;
-    } else if missed.is_empty() {
-        writeln!(to, "Every call was seen: the figures are exact.")?;
     } else {
-        writeln!(to, "Not everything was seen:")?;
-        for (missed, number) in missed {
-            writeln!(
-                to,
-                "  {} {}: {}",
-                count(number),
-                missed.name(),
-                missed.effect()
-            )?;
-        }
+        writeln!(to, "Every call was seen: the figures are exact.")?;
+    }
+    if report.processes.iter().any(ends_early) {
+        writeln!(
+            to,
+            "Most stacks end after a frame or two, because the code was compiled without frame \
+             pointers (gcc and\nclang: -fno-omit-frame-pointer keeps them)."
+        )?;
     }
     if report
         .processes
@@ -281,19 +318,38 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether most of what is not freed has a stack that says little.
+fn ends_early(process: &ProcessReport) -> bool {
+    let live_bytes = |says_little: bool| -> u64 {
+        process
+            .sites
+            .iter()
+            .filter(|site| (site.stack_cut.is_some() && site.stack.len() <= 3) == says_little)
+            .map(|site| site.live_bytes)
+            .sum()
+    };
+    live_bytes(true) > live_bytes(false)
+}
+
 /// One line a site, for a session that goes on.
 pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
-    for process in &report.processes {
+    let running = |process: &&ProcessReport| process.exit.is_none() && !process.replaced_by_exec;
+    for process in report.processes.iter().filter(running) {
         let totals = &process.totals;
         writeln!(
             to,
             "PID {} {}: after {}, {} in {} not freed",
             process.pid,
             process.comm,
-            duration(report.duration_s),
+            duration(process.duration_s),
             bytes(totals.live_bytes),
             counted(totals.live_blocks, "block"),
         )?;
+        if let Some(older_ms) = report.filters.older_ms {
+            let old: u64 = process.sites.iter().map(|site| site.live_bytes).sum();
+            let age = duration(older_ms as f64 / 1e3);
+            writeln!(to, "  of these, {} at least {age} old:", bytes(old))?;
+        }
         for site in process
             .sites
             .iter()
@@ -316,16 +372,27 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
 
 /// The innermost frames on one line.
 fn callers(stack: &[Frame]) -> String {
-    const SHOWN: usize = 4;
+    const COLUMNS: usize = 80;
     let stack = without_rust_runtime(stack);
-    let mut line = stack
-        .iter()
-        .take(SHOWN)
-        .map(name)
-        .collect::<Vec<_>>()
-        .join(" < ");
-    if stack.len() > SHOWN {
-        line.push_str(" < …");
+    let mut line = String::new();
+    for (index, frame) in stack.iter().enumerate() {
+        let name = name(frame);
+        // Paths are for the report.
+        let name = if name.contains(['<', '(']) {
+            name.as_str()
+        } else {
+            name.rsplit("::").next().unwrap_or(&name)
+        };
+        let part = match (index, frame.line) {
+            (0, Some(_)) => format!("{name} ({})", place(frame)),
+            (0, None) => name.to_owned(),
+            _ => format!(" < {name}"),
+        };
+        if index > 0 && line.chars().count() + part.chars().count() > COLUMNS {
+            line.push_str(" < …");
+            break;
+        }
+        line.push_str(&part);
     }
     line
 }

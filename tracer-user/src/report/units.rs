@@ -17,11 +17,12 @@ pub(super) fn count(number: u64) -> String {
 
 /// `1 block`, `2 blocks`.
 pub(super) fn counted(number: u64, noun: &str) -> String {
-    format!(
-        "{} {noun}{}",
-        count(number),
-        if number == 1 { "" } else { "s" }
-    )
+    let ending = match number {
+        1 => "",
+        _ if noun.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{} {noun}{ending}", count(number))
 }
 
 /// `512 B`, `1.5 KiB`, `3.0 GiB`.
@@ -39,12 +40,13 @@ pub(super) fn bytes(number: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-/// `0.25 s`, `12.3 s`, `5 min 12 s`, `3 h 7 min`.
+/// `51 ms`, `0.25 s`, `12.3 s`, `5 min 12 s`, `3 h 7 min`.
 pub(super) fn duration(seconds: f64) -> String {
     let whole = Duration::try_from_secs_f64(seconds.max(0.0))
         .unwrap_or_default()
         .as_secs();
     match whole {
+        0 if seconds < 0.0995 => format!("{:.0} ms", seconds.max(0.0) * 1e3),
         0 => format!("{seconds:.2} s"),
         1..120 => format!("{seconds:.1} s"),
         120..7200 => format!("{} min {} s", whole / 60, whole % 60),
@@ -65,7 +67,8 @@ mod tests {
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(1 << 30), "1.0 GiB");
         assert_eq!(bytes((1 << 20) - 1), "1.0 MiB");
-        assert_eq!(duration(0.051), "0.05 s");
+        assert_eq!(duration(0.0512), "51 ms");
+        assert_eq!(duration(0.25), "0.25 s");
         assert_eq!(duration(12.34), "12.3 s");
         assert_eq!(duration(312.0), "5 min 12 s");
         assert_eq!(duration(11_220.0), "3 h 7 min");

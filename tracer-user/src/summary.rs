@@ -1,0 +1,209 @@
+//! From counters and stacks to a process's part of the report. Pure: no kernel, no clock.
+
+use std::collections::HashMap;
+
+use sha2::{Digest as _, Sha256};
+use tracer_common::{event::StackEnd, instance::Instance, ledger::Block, site::Site};
+
+use crate::{
+    files::Location,
+    report::{Exit, Frame, ProcessReport, SiteReport, Totals},
+    symbolize::Names,
+    target::{End, Target},
+};
+
+/// A site's stack, as places in files.
+#[derive(Debug)]
+pub struct Stack {
+    /// The allocator's caller first.
+    pub locations: Vec<Location>,
+    /// A [`StackEnd`].
+    pub end: u32,
+}
+
+impl Stack {
+    /// The frames that can be believed. Without frame pointers a walk may take any word of the
+    /// stack for a return address; the first that lies in no file's code ends the stack.
+    fn believable(&self) -> &[Location] {
+        let in_file = |location: &&Location| matches!(location, Location::File(..));
+        &self.locations[..self.locations.iter().take_while(in_file).count()]
+    }
+
+    /// Why the stack ends where it does, if that is not the thread's start.
+    fn cut(&self, frames: &[Frame]) -> Option<&'static str> {
+        // glibc's start of a thread keeps no frame pointer to go on from.
+        let reaches_start = frames
+            .last()
+            .and_then(|frame| frame.function.as_deref())
+            .is_some_and(|function| {
+                matches!(
+                    function,
+                    "__libc_start_call_main" | "start_thread" | "_start"
+                )
+            });
+        if self.believable().len() == self.locations.len()
+            && self.end == StackEnd::DepthLimit as u32
+        {
+            return Some("deeper frames were not taken");
+        }
+        let is_cut =
+            self.end == StackEnd::Lost as u32 || self.believable().len() < self.locations.len();
+        (is_cut && !reaches_start).then_some("the code beyond keeps no frame pointers")
+    }
+}
+
+/// Live blocks of a site, from a walk through the ledger.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ages {
+    /// Age of the oldest, in nanoseconds.
+    pub oldest_ns: u64,
+    /// Blocks that are old enough.
+    pub old_blocks: u64,
+    /// Their bytes.
+    pub old_bytes: u64,
+}
+
+impl Ages {
+    /// Counts a block that was live at `now_ns`.
+    pub fn add(&mut self, block: &Block, now_ns: u64, minimum_age_ns: u64) {
+        let age_ns = now_ns.saturating_sub(block.birth_ns);
+        self.oldest_ns = self.oldest_ns.max(age_ns);
+        if age_ns >= minimum_age_ns {
+            self.old_blocks += 1;
+            self.old_bytes += block.size_bytes;
+        }
+    }
+}
+
+/// What is known of a process instance.
+pub struct Figures<'a> {
+    /// Its state on the kernel side.
+    pub state: &'a Instance,
+    /// Its sites, by id.
+    pub sites: &'a [(u32, Site)],
+    /// Stacks of all sites.
+    pub stacks: &'a HashMap<u32, Stack>,
+    /// Ages of live blocks of all sites; empty if they were not looked at.
+    pub ages: &'a HashMap<u32, Ages>,
+    /// When recording ended, or now.
+    pub now_ns: u64,
+    /// Whether sites count only blocks that are old enough.
+    pub older: bool,
+    /// Whether calls of children that borrow the memory are seen.
+    pub sees_vfork: bool,
+}
+
+/// A process instance's part of the report.
+#[must_use]
+pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names) -> ProcessReport {
+    let mut totals = Totals {
+        peak_live_bytes: target.peak_live_bytes,
+        ..Totals::default()
+    };
+    // Stacks that differ only beyond what can be believed are one site.
+    let mut sites: HashMap<String, SiteReport> = HashMap::new();
+    for (id, site) in figures.sites {
+        totals.allocs += site.allocs;
+        totals.frees += site.frees;
+        totals.alloc_bytes += site.alloc_bytes;
+        totals.freed_bytes += site.freed_bytes;
+        let site = site_report(*id, site, figures, names);
+        match sites.get_mut(&site.id) {
+            Some(known) => known.add(&site),
+            None => {
+                sites.insert(site.id.clone(), site);
+            }
+        }
+    }
+    totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
+    totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
+    totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
+    let mut sites: Vec<_> = sites.into_values().collect();
+    sites.sort_by(|a, b| {
+        (b.live_bytes, b.live_blocks, b.alloc_bytes, &a.id).cmp(&(
+            a.live_bytes,
+            a.live_blocks,
+            a.alloc_bytes,
+            &b.id,
+        ))
+    });
+    let traced_ns = match figures.state.armed_at_ns {
+        0 => 0,
+        armed_at_ns => figures.now_ns.saturating_sub(armed_at_ns),
+    };
+    ProcessReport {
+        pid: target.process.pid,
+        exe: target.process.exe.display().to_string(),
+        comm: target.process.comm.clone(),
+        duration_s: traced_ns as f64 / 1e9,
+        exit: match target.end {
+            Some(End::Exited(exit)) => Some(exit),
+            Some(End::Gone) => Some(Exit {
+                code: None,
+                signal: None,
+            }),
+            _ => None,
+        },
+        replaced_by_exec: target.end == Some(End::Replaced),
+        untraced_children: figures.state.forks,
+        unseen_vfork_children: if figures.sees_vfork {
+            0
+        } else {
+            figures.state.borrowers
+        },
+        // An `exec` by another thread ends the main one too.
+        main_thread_exited: target.main_thread_exited && target.end != Some(End::Replaced),
+        totals,
+        sites,
+    }
+}
+
+fn site_report(id: u32, site: &Site, figures: &Figures<'_>, names: &mut Names) -> SiteReport {
+    let stack = figures.stacks.get(&id);
+    let locations = stack.map_or(&[][..], Stack::believable);
+    let frames: Vec<Frame> = locations
+        .iter()
+        .flat_map(|location| names.frames(location).to_vec())
+        .collect();
+    let ages = figures.ages.get(&id).copied();
+    let (live_blocks, live_bytes) = if figures.older {
+        ages.map_or((0, 0), |ages| (ages.old_blocks, ages.old_bytes))
+    } else {
+        (
+            site.allocs.saturating_sub(site.frees),
+            site.alloc_bytes.saturating_sub(site.freed_bytes),
+        )
+    };
+    SiteReport {
+        id: stable_id(locations),
+        allocs: site.allocs,
+        frees: site.frees,
+        alloc_bytes: site.alloc_bytes,
+        freed_bytes: site.freed_bytes,
+        live_blocks,
+        live_bytes,
+        oldest_s: ages
+            .filter(|_| live_blocks > 0)
+            .map(|ages| ages.oldest_ns as f64 / 1e9),
+        missed_frees: site.missed_frees,
+        stack_cut: stack.and_then(|stack| stack.cut(&frames)),
+        stack: frames,
+    }
+}
+
+/// An id that depends on the binaries and the places in them only, not on where they were mapped.
+fn stable_id(locations: &[Location]) -> String {
+    let mut hash = Sha256::new();
+    for location in locations {
+        if let Location::File(file, offset) = location {
+            let name = file.build_id().map_or_else(|| file.name(), str::to_owned);
+            hash.update(name.as_bytes());
+            hash.update(offset.to_le_bytes());
+        }
+    }
+    hash.finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
