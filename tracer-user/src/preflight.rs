@@ -11,9 +11,10 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use object::{Endianness, Object as _, ReadCache, read::elf::ElfFile64};
+use object::{Endianness, Object as _, read::elf::ElfFile64};
 use serde::Serialize;
 
+use crate::discover::bounded::BoundedFile;
 use crate::host::{Host, KernelVersion, UretprobeSyscall};
 
 pub use no_allocator::{NoAllocator, no_allocator};
@@ -426,7 +427,7 @@ impl Facts {
         };
         self.machine = machine;
         if machine == Machine::X86_64 {
-            let cache = ReadCache::new(file);
+            let cache = BoundedFile::new(file);
             let elf: Result<ElfFile64<'_, Endianness, _>, _> = ElfFile64::parse(&cache);
             let elf = elf.map_err(|error| anyhow!("damaged ELF file: {error}"))?;
             self.go = elf.section_by_name(".go.buildinfo").is_some();

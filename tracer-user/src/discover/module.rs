@@ -5,13 +5,16 @@ use std::{collections::BTreeMap, fs::File, path::Path};
 use anyhow::{Context as _, anyhow};
 use object::{
     Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _, ObjectSymbol as _,
-    ReadCache, SymbolKind,
+    SymbolKind,
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
 use tracer_common::alloc_spec::{AllocSpec, NO_REGISTER, ResultKind};
 
-use super::allocators::{self, Call, Signature};
+use super::{
+    allocators::{self, Call, Signature},
+    bounded::BoundedFile,
+};
 use crate::probe_point::{self, Emulation, Gpr, ProbeClass, ProbePoint};
 
 /// Identity of a mapped file on this host, while it is mapped.
@@ -111,7 +114,7 @@ impl Function {
     }
 }
 
-type Elf<'a> = ElfFile64<'a, Endianness, &'a ReadCache<File>>;
+type Elf<'a> = ElfFile64<'a, Endianness, &'a BoundedFile>;
 
 /// A symbol that names an allocator function.
 struct Found {
@@ -131,7 +134,7 @@ impl Module {
     pub fn read(path: &Path, search: &Search) -> anyhow::Result<Self> {
         let file =
             File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
-        let cache = ReadCache::new(file);
+        let cache = BoundedFile::new(file);
         let elf = Elf::parse(&cache)
             .map_err(|error| anyhow!("{} is no 64-bit ELF file: {error}", path.display()))?;
         if elf.architecture() != Architecture::X86_64 {
@@ -298,12 +301,14 @@ fn survey(
     functions: &[std::ops::Range<u64>],
 ) -> anyhow::Result<Vec<Option<Vec<u64>>>> {
     let mut targets = vec![Some(Vec::new()); functions.len()];
+    let mut surveyed_bytes = 0u64;
     let executable = elf.segments().filter(|segment| match segment.flags() {
         object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
         _ => false,
     });
     for segment in executable {
-        if segment.file_range().1 > MAX_SURVEY_BYTES {
+        surveyed_bytes = surveyed_bytes.saturating_add(segment.file_range().1);
+        if surveyed_bytes > MAX_SURVEY_BYTES {
             return Ok(vec![None; functions.len()]);
         }
         let text = segment.data()?;
