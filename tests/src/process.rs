@@ -3,7 +3,7 @@
 use std::{
     fmt,
     io::{Read, Write as _},
-    os::unix::process::ExitStatusExt as _,
+    os::unix::process::{CommandExt as _, ExitStatusExt as _},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex},
     thread::{self, JoinHandle},
@@ -139,6 +139,16 @@ impl Process {
     #[must_use]
     pub fn start(command: &mut Command) -> Self {
         let name = format!("{command:?}");
+        // A shell's background job ignores Ctrl-C, and so would all that it starts.
+        // SAFETY: only sets dispositions, between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in [libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

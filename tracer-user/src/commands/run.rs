@@ -252,7 +252,7 @@ impl Held<'_> {
                 WaitStatus::Stopped(_, Signal::SIGSTOP) => {
                     match self.stopped() {
                         // Killed while it stood: its end is what matters.
-                        Err(_) if !Process::is_alive(self.raw_pid()) => {}
+                        Err(_) if self.is_ending() => {}
                         result => result?,
                     }
                     continue;
@@ -264,6 +264,19 @@ impl Held<'_> {
             self.session.drain();
             return Ok(());
         }
+    }
+
+    /// Whether the child has ended, or is about to: what is done to a process that was killed fails
+    /// a moment before it counts as ended.
+    fn is_ending(&self) -> bool {
+        const MOMENTS: u32 = 100;
+        (0..MOMENTS).any(|_| {
+            let ended = !Process::is_alive(self.raw_pid());
+            if !ended {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            ended
+        })
     }
 
     /// The child stands, perhaps for us: probes what it has mapped by now and lets it go on.
