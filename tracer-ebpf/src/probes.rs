@@ -254,7 +254,7 @@ fn free(ctx: &ProbeContext) -> Option<()> {
 }
 
 /// Entry of a function that leaves for another place of the stack or another stack: `longjmp`,
-/// `setcontext`, `swapcontext`.
+/// `setcontext`.
 #[uprobe]
 pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
     if let Some(pending) = PENDING.get_ptr_mut(pid_tgid()) {

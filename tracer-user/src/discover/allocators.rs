@@ -117,13 +117,9 @@ pub const C_ALLOCATOR: &[Signature] = &[
 ];
 
 /// Functions that abandon calls; they are probed where there is an allocator, so that a call that
-/// never returned is known for one.
-const JUMPS: &[Signature] = &[
-    jump("longjmp"),
-    jump("__longjmp_chk"),
-    jump("setcontext"),
-    jump("swapcontext"),
-];
+/// never returned is known for one. `swapcontext` is not among them: who leaves an allocator's call by
+/// it wants to come back, and every switch of a program made of coroutines would cost a single step.
+const JUMPS: &[Signature] = &[jump("longjmp"), jump("__longjmp_chk"), jump("setcontext")];
 
 const fn jump(name: &'static str) -> Signature {
     Signature {
