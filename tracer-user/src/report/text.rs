@@ -318,8 +318,11 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether most of what is not freed has a stack that says little.
+/// Whether most of what is not freed has a stack that says little, in a process that is shown.
 fn ends_early(process: &ProcessReport) -> bool {
+    if process.replaced_by_exec {
+        return false;
+    }
     let live_bytes = |says_little: bool| -> u64 {
         process
             .sites
