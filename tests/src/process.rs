@@ -299,7 +299,15 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        let children = children_of(self.pid());
         let _ = self.child.kill();
+        // Workers outlive a master that is killed; first the master, which would start others.
+        for child in children {
+            if let Ok(child) = libc::pid_t::try_from(child) {
+                // SAFETY: no memory involved.
+                unsafe { libc::kill(child, libc::SIGKILL) };
+            }
+        }
         let _ = self.child.wait();
     }
 }
