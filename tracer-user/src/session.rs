@@ -293,7 +293,7 @@ impl Session {
     fn purge(&mut self, index: usize) -> anyhow::Result<()> {
         let target = &self.targets[index];
         let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
-        let minimum_age_ns = self.filters.older_ms.unwrap_or(0).saturating_mul(1_000_000);
+        let minimum_age_ns = self.filters.minimum_age_ns();
         let blocks = self.tracer.purge(target.instance)?;
         for block in &blocks {
             self.purged
@@ -321,9 +321,9 @@ impl Session {
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
         let mut live: HashMap<u32, u64> = HashMap::new();
-        for (_, site) in self.sites()? {
-            *live.entry(site.instance).or_default() +=
-                site.alloc_bytes.saturating_sub(site.freed_bytes);
+        for id in 0..self.tracer.site_count()? {
+            let (instance, live_bytes) = self.tracer.live_bytes(id);
+            *live.entry(instance).or_default() += live_bytes;
         }
         for target in &mut self.targets {
             let live_bytes = live.get(&target.instance).copied().unwrap_or(0);
@@ -358,7 +358,7 @@ impl Session {
             .iter()
             .map(|target| (u64::from(target.instance), target.end_ns.unwrap_or(now_ns)))
             .collect();
-        let minimum_age_ns = self.filters.older_ms.unwrap_or(0).saturating_mul(1_000_000);
+        let minimum_age_ns = self.filters.minimum_age_ns();
         let mut by_site = self.purged.clone();
         self.tracer.for_each_block(|key: BlockKey, block: Block| {
             if let Some(end_ns) = ends.get(&key.instance) {

@@ -306,6 +306,22 @@ impl Tracer {
         self.sites.read(id as usize)
     }
 
+    /// A site's instance, and its bytes not freed. Reads only these: a site is a kilobyte, and this
+    /// is asked of every one at every tick.
+    #[must_use]
+    pub fn live_bytes(&self, id: u32) -> (u32, u64) {
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: fields of a live element of the mapping, which programs add to.
+        let (instance, allocated, freed) = unsafe {
+            (
+                (&raw const (*site).instance).read_volatile(),
+                (&raw const (*site).alloc_bytes).read_volatile(),
+                (&raw const (*site).freed_bytes).read_volatile(),
+            )
+        };
+        (instance, allocated.saturating_sub(freed))
+    }
+
     /// Missed events so far, all counters.
     pub fn missed(&self) -> anyhow::Result<Vec<(Missed, u64)>> {
         let map = self

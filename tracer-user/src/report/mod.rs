@@ -68,6 +68,14 @@ pub struct Filters {
     pub symbol_prefix: Option<String>,
 }
 
+impl Filters {
+    /// Age from which on sites count a block as live, in nanoseconds.
+    #[must_use]
+    pub fn minimum_age_ns(&self) -> u64 {
+        self.older_ms.unwrap_or(0).saturating_mul(1_000_000)
+    }
+}
+
 /// Where a session ran.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct HostFacts {
