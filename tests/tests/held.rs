@@ -6,7 +6,6 @@ use std::{
     fs,
     os::unix::process::{CommandExt as _, ExitStatusExt as _},
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use unfreed_tests::{fixture::Fixture, machine, report::function_of, skip, unfreed, wait};
@@ -25,11 +24,27 @@ fn state(pid: u32) -> Option<char> {
     stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
-/// Waits until the child of `unfreed` stands, and gives its PID. None if the moment was missed.
-fn held_child(unfreed: u32) -> Option<u32> {
-    let children = format!("/proc/{unfreed}/task/{unfreed}/children");
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while Instant::now() < deadline {
+/// `unfreed run` while its child stands, and the child's PID. The moment is short and can be missed
+/// on a busy machine, so it is tried again.
+fn hold() -> (Child, u32) {
+    for _ in 0..20 {
+        let mut unfreed = start();
+        if let Some(child) = held_child(&mut unfreed) {
+            return (unfreed, child);
+        }
+    }
+    panic!("the program was never held");
+}
+
+/// The child of `unfreed` once it stands. None if it ended before that was seen.
+fn held_child(unfreed: &mut Child) -> Option<u32> {
+    let id = unfreed.id();
+    let children = format!("/proc/{id}/task/{id}/children");
+    while unfreed
+        .try_wait()
+        .expect("failed to look at unfreed")
+        .is_none()
+    {
         let list = fs::read_to_string(&children).unwrap_or_default();
         for child in list.split_whitespace().filter_map(|pid| pid.parse().ok()) {
             if state(child) == Some('T') {
@@ -53,8 +68,7 @@ fn a_held_program_goes_on_when_unfreed_is_killed() {
     }
     let _turn = machine::take();
     for _ in 0..5 {
-        let mut unfreed = start();
-        let child = held_child(unfreed.id()).expect("the program was never held");
+        let (mut unfreed, child) = hold();
         kill(unfreed.id());
         unfreed.wait().expect("failed to wait for unfreed");
         wait::until_true("the program went on to its end", wait::LONG, || {
@@ -70,8 +84,7 @@ fn a_program_that_is_killed_while_it_is_held_gives_137_and_a_report() {
     }
     let _turn = machine::take();
     for _ in 0..5 {
-        let unfreed = start();
-        let child = held_child(unfreed.id()).expect("the program was never held");
+        let (unfreed, child) = hold();
         kill(child);
         let output = unfreed
             .wait_with_output()

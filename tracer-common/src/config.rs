@@ -35,9 +35,13 @@ pub struct Config {
     pub xol_area_vaddr: u32,
     /// Sites that fit in the table; ids at or beyond it do not exist.
     pub max_sites: u32,
+    /// Frames that are taken of a stack, at most [`crate::event::MAX_FRAMES`].
+    pub max_depth: u32,
+    /// Not 0 to copy the memory of complete stacks too, so that the user side can check them.
+    pub copy_all_stacks: u32,
     /// Makes the size a multiple of 8 bytes.
     pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Config>() == 56);
+const _: () = assert!(size_of::<Config>() == 64);
 pod!(Config);

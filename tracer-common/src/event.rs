@@ -3,7 +3,11 @@
 use crate::pod;
 
 /// Most frames of a stack, the allocator's caller first.
-pub const MAX_FRAMES: usize = 128;
+pub const MAX_FRAMES: usize = 512;
+
+/// Bytes of a stack that are copied for the user side, from the start of the page that the stack
+/// pointer is in.
+pub const STACK_COPY_BYTES: usize = 32 << 10;
 
 /// What an event says; the first field of each.
 #[repr(u32)]
@@ -17,18 +21,49 @@ pub enum EventKind {
     Exit = 3,
     /// The main thread of a traced process ended while others go on.
     MainThreadExit = 4,
+    /// The dynamic loader of a traced process changed what is mapped.
+    Mapped = 5,
+    /// A stack led to code that no segment contains.
+    UnknownCode = 6,
+    /// The memory of a stack that the walk could not finish: a [`StackCopyEvent`].
+    StackCopy = 7,
 }
 
 /// Why a stack walk ended.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StackEnd {
-    /// No caller is recorded beyond the last frame: a null frame pointer or return address.
+    /// At the thread's start: the stack is complete.
     Root = 0,
-    /// [`MAX_FRAMES`] were taken.
+    /// As many frames as are wanted were taken.
     DepthLimit = 1,
-    /// The frame pointer led nowhere: code without frame pointers, usually.
-    Lost = 2,
+    /// The last frame's code has no unwind table, and keeps no frame pointer.
+    NoTable = 2,
+    /// The last frame's address lies in no known code.
+    UnknownCode = 3,
+    /// The unwind table says how to go on in a way that is not supported.
+    Unsupported = 4,
+    /// The stack could not be read where the caller should be.
+    Unreadable = 5,
+    /// The table led nowhere: not up the stack.
+    Astray = 6,
+}
+
+impl StackEnd {
+    /// By its number.
+    #[must_use]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        Some(match number {
+            0 => Self::Root,
+            1 => Self::DepthLimit,
+            2 => Self::NoTable,
+            3 => Self::UnknownCode,
+            4 => Self::Unsupported,
+            5 => Self::Unreadable,
+            6 => Self::Astray,
+            _ => return None,
+        })
+    }
 }
 
 /// Fields that every event starts with.
@@ -60,7 +95,9 @@ pub struct StackEvent {
     pub depth: u32,
     /// A [`StackEnd`].
     pub end: u32,
-    /// Return addresses, the allocator's caller first.
+    /// Return addresses, the allocator's caller first. A function that a signal interrupted has no
+    /// return address: for it the address after the first byte of its next instruction is given,
+    /// so that one less always lies in the instruction that matters.
     pub frames: [u64; MAX_FRAMES],
 }
 
@@ -72,3 +109,27 @@ const _: () = {
     assert!(size_of::<StackEvent>() == STACK_EVENT_PREFIX_BYTES + MAX_FRAMES * 8);
 };
 pod!(StackEvent);
+
+/// The memory of a stack, and the registers that it is unwound from.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct StackCopyEvent {
+    /// Kind [`EventKind::StackCopy`]; `detail` is the site's id.
+    pub header: EventHeader,
+    /// Return address into the allocator's caller.
+    pub instruction_pointer: u64,
+    /// Stack pointer there.
+    pub stack_pointer: u64,
+    /// Frame pointer register there.
+    pub frame_pointer: u64,
+    /// Bytes of `memory` that could be read, from its start.
+    pub bytes: u64,
+    /// From the start of the page that the stack pointer is in.
+    pub memory: [u8; STACK_COPY_BYTES],
+}
+
+const _: () = {
+    assert!(core::mem::offset_of!(StackCopyEvent, memory) == 48);
+    assert!(size_of::<StackCopyEvent>() == 48 + STACK_COPY_BYTES);
+};
+pod!(StackCopyEvent);

@@ -7,9 +7,12 @@ pub const MAX_INSTANCES: u32 = 16384;
 
 /// The instance records: every probe of it stands.
 pub const ARMED: u32 = 1;
-/// The process is stopped at every `exec`, and at the dynamic loader's report that it has mapped
-/// all libraries, until the user side has probed what is there. Only for children of `unfreed run`.
+/// The process is stopped at every `exec` until the user side has probed what is there. Only for
+/// children of `unfreed run`.
 pub const HELD: u32 = 2;
+/// The process is stopped at the dynamic loader's reports too: all libraries are mapped then, and
+/// none has run.
+pub const HELD_BY_LOADER: u32 = 4;
 
 /// Which instance a process works in; the value of the map keyed by tgid.
 #[repr(C)]
@@ -34,7 +37,14 @@ pub struct Instance {
     pub trampoline: u64,
     /// Frees of blocks that the ledger never had, usually older than the session.
     pub untracked_frees: u64,
-    /// [`ARMED`] and [`HELD`].
+    /// Code that is mapped: number of the first [`crate::unwind::Segment`], and in the upper half
+    /// how many there are. The user side replaces both at once.
+    pub segments: u64,
+    /// When code outside of all segments was last reported, `CLOCK_MONOTONIC` in nanoseconds.
+    pub unknown_code_at_ns: u64,
+    /// When a piece of stack was last copied for the user side, likewise.
+    pub stack_copied_at_ns: u64,
+    /// [`ARMED`], [`HELD`] and [`HELD_BY_LOADER`].
     pub flags: u32,
     /// Site that takes the blocks of stacks that found no place in the site table.
     pub overflow_site: u32,
@@ -48,5 +58,5 @@ pub struct Instance {
     pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Instance>() == 48);
+const _: () = assert!(size_of::<Instance>() == 72);
 pod!(Instance);

@@ -14,6 +14,7 @@ pub mod instance;
 pub mod ledger;
 pub mod missed;
 pub mod site;
+pub mod unwind;
 
 /// Implements `aya::Pod` on the user side for types whose layout is asserted.
 macro_rules! pod {

@@ -18,6 +18,11 @@ pub struct SiteKey {
 const _: () = assert!(size_of::<SiteKey>() == 16);
 pod!(SiteKey);
 
+/// The user side has the frames.
+pub const FRAMES_SENT: u32 = 1;
+/// The user side has the memory of the stack, or needs none.
+pub const COPY_SENT: u32 = 2;
+
 /// Counters of a site. All but `births` only grow; the BPF side adds to them atomically and the
 /// user side reads them through a memory mapping, so a reading is of each counter, not of all at
 /// one instant, while the process runs.
@@ -36,7 +41,7 @@ pub struct Site {
     pub stack_hash: u64,
     /// The process instance.
     pub instance: u32,
-    /// Not 0 once the stack's frames are with the user side.
+    /// What of the stack is with the user side: [`FRAMES_SENT`] and [`COPY_SENT`].
     pub stack_sent: u32,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,

@@ -7,19 +7,19 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_ringbuf_output},
 };
 use tracer_common::{
-    event::{EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES},
+    event::{EventHeader, EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES, StackEvent},
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
     instance::Instance,
     ledger::{Block, BlockKey},
     missed::Missed,
-    site::{Site, SiteKey},
+    site::{COPY_SENT, FRAMES_SENT, Site, SiteKey},
 };
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    maps::{CONFIG, EVENTS, LEDGER, SITE_COUNT, SITE_IDS, SITES, ScratchEvent},
+    maps::{CONFIG, EVENTS, LEDGER, SITE_COUNT, SITE_IDS, SITES},
     missed,
-    stack::Stack,
+    stack::{self, Stack},
 };
 
 const ENOENT: i32 = -2;
@@ -190,10 +190,11 @@ fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
 /// Id of the site that the thread is at.
 #[inline(always)]
 fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
-    let Some(stack) = Stack::capture(regs) else {
+    let Some(stack) = Stack::capture(regs, state) else {
         missed::count(Missed::ScratchBusy);
         return state.overflow_site;
     };
+    stack.report_unknown_code(state, instance);
     let key = SiteKey {
         stack_hash: stack.hash(),
         instance: u64::from(instance),
@@ -203,25 +204,54 @@ fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
         Some(id) => Some(unsafe { *id }),
         None => new_site(key),
     };
-    let Some(id) = id else {
-        missed::count(Missed::SitesFull);
-        stack.release();
-        return state.overflow_site;
-    };
-    if let Some(site) = SITES.get_ptr_mut(id) {
-        // SAFETY: field of a live map element; if two processors send the stack, the user side
-        // takes the first.
-        if unsafe { (*site).stack_sent } == 0 {
-            if send(&stack, instance, id) {
-                // SAFETY: as above.
-                unsafe { (*site).stack_sent = 1 };
-            } else {
-                missed::count(Missed::StacksDelayed);
-            }
+    let id = match id {
+        Some(id) => {
+            hand_over(&stack, regs, state, instance, id);
+            id
         }
-    }
+        None => {
+            missed::count(Missed::SitesFull);
+            state.overflow_site
+        }
+    };
     stack.release();
     id
+}
+
+/// Sees to it that the user side has the stack of a site. If two processors send it, the user side
+/// takes the first.
+#[inline(always)]
+fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u32, id: u32) {
+    const ALL: u32 = FRAMES_SENT | COPY_SENT;
+    let Some(site) = SITES.get_ptr_mut(id) else {
+        return;
+    };
+    // SAFETY: field of a live map element.
+    let sent = unsafe { &mut (*site).stack_sent };
+    if *sent & ALL == ALL {
+        return;
+    }
+    if *sent & FRAMES_SENT == 0 {
+        if !send(stack, instance, id) {
+            missed::count(Missed::StacksDelayed);
+            return;
+        }
+        *sent |= FRAMES_SENT;
+    }
+    if !stack.wants_copy() || stack::copy(regs, state, header(EventKind::StackCopy, instance, id)) {
+        *sent |= COPY_SENT;
+    }
+}
+
+#[inline(always)]
+fn header(kind: EventKind, instance: u32, detail: u32) -> EventHeader {
+    EventHeader {
+        kind: kind as u32,
+        // SAFETY: no argument.
+        tgid: (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32,
+        instance,
+        detail,
+    }
 }
 
 /// Gives a new stack its site. Two processors that see the same stack first agree on the one that
@@ -260,10 +290,7 @@ fn send(stack: &Stack, instance: u32, site: u32) -> bool {
     let scratch = stack.scratch();
     // SAFETY: the buffer is claimed by this walk; the length is bounded by the buffer's.
     unsafe {
-        (*scratch).event.kind = EventKind::Stack as u32;
-        (*scratch).event.tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-        (*scratch).event.instance = instance;
-        (*scratch).event.site = site;
+        (*scratch).event.header = header(EventKind::Stack, instance, site);
         (*scratch).event.hash = stack.hash();
         let depth = (*scratch).event.depth as usize;
         let depth = if depth > MAX_FRAMES {
@@ -274,7 +301,7 @@ fn send(stack: &Stack, instance: u32, site: u32) -> bool {
         bpf_ringbuf_output(
             (&raw const EVENTS).cast_mut().cast::<c_void>(),
             (&raw mut (*scratch).event)
-                .cast::<ScratchEvent>()
+                .cast::<StackEvent>()
                 .cast::<c_void>(),
             (STACK_EVENT_PREFIX_BYTES + depth * 8) as u64,
             0,

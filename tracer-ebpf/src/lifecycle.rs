@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use tracer_common::{
     event::{EventHeader, EventKind},
-    instance::{ARMED, HELD, Instance, Membership},
+    instance::{ARMED, HELD, HELD_BY_LOADER, Instance, Membership},
     missed::Missed,
 };
 
@@ -204,8 +204,9 @@ fn report() -> Option<()> {
     let (_, tgid) = current();
     let member = membership(tgid)?;
     let state = INSTANCES.get_ptr_mut(member.instance)?;
+    tell(EventKind::Mapped, tgid, member.instance, 0);
     // SAFETY: a live map element.
-    if unsafe { (*state).flags } & HELD != 0 {
+    if unsafe { (*state).flags } & HELD_BY_LOADER != 0 {
         hold(state);
     }
     Some(())

@@ -2,12 +2,13 @@
 //!
 //! One allocation, followed: [`probes`] reads the arguments (`alloc_enter`) and the result
 //! (`alloc_exit`) of an allocator call as its attach cookie says, [`pending`] carries what is
-//! known in between, [`stack`] finds out who called, [`ledger`] keeps the books. [`lifecycle`]
+//! known in between, [`stack`] finds out who called by the tables that [`unwind`] reads, [`ledger`]
+//! keeps the books. [`lifecycle`]
 //! opens and closes process instances, and [`missed`] counts what could not be seen.
 
 #![no_std]
 #![no_main]
-#![cfg_attr(target_arch = "bpf", feature(core_intrinsics))]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, core_intrinsics))]
 #![cfg_attr(
     target_arch = "bpf",
     allow(
@@ -21,12 +22,13 @@ mod kernel;
 mod ledger;
 mod lifecycle;
 mod maps;
+mod measure;
 mod missed;
-mod nothing;
 mod pending;
 mod probes;
 mod registers;
 mod stack;
+mod unwind;
 
 #[cfg(not(test))]
 #[panic_handler]

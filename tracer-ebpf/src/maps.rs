@@ -9,14 +9,15 @@ use aya_ebpf::{
 };
 use tracer_common::{
     config::Config,
-    event::MAX_FRAMES,
+    event::StackEvent,
     instance::{Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey},
     missed::MISSED_COUNTERS,
     site::{Site, SiteKey},
+    unwind::{CHUNK_WORDS, Segment},
 };
 
-use crate::pending::Pending;
+use crate::{pending::Pending, stack::Walk};
 
 /// Constants of the session.
 #[unsafe(no_mangle)]
@@ -32,6 +33,8 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     mm_xol_area: 0,
     xol_area_vaddr: 0,
     max_sites: 0,
+    max_depth: 0,
+    copy_all_stacks: 0,
     padding: 0,
 });
 
@@ -68,6 +71,15 @@ pub(crate) static SITE_COUNT: Array<u32> = Array::with_max_entries(1, 0);
 pub(crate) static PENDING: HashMap<u64, Pending> =
     HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
+/// Unwind tables, see [`tracer_common::unwind`].
+#[map]
+pub(crate) static TABLES: Array<[u32; CHUNK_WORDS]> =
+    Array::with_max_entries(1 << 13, BPF_F_MMAPABLE);
+
+/// Code of all instances.
+#[map]
+pub(crate) static SEGMENTS: Array<Segment> = Array::with_max_entries(1 << 16, BPF_F_MMAPABLE);
+
 /// Missed events by [`tracer_common::missed::Missed`].
 #[map]
 pub(crate) static MISSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MISSED_COUNTERS, 0);
@@ -89,10 +101,10 @@ pub(crate) const SCRATCH_SLOTS: u32 = 4;
 pub(crate) struct Scratch {
     /// Not 0 while a walk uses the buffer.
     pub(crate) claimed: u32,
-    /// Always 0, which the verifier does not know: loop state that starts from a constant would
-    /// make it follow every iteration on its own.
-    pub(crate) zero: u32,
-    pub(crate) event: ScratchEvent,
+    /// Makes what follows aligned.
+    pub(crate) padding: u32,
+    pub(crate) event: StackEvent,
+    pub(crate) walk: Walk,
     /// Piece of the walked stack.
     pub(crate) window: [u64; WINDOW_WORDS],
 }
@@ -100,16 +112,3 @@ pub(crate) struct Scratch {
 /// Words of a stack that are read at once: a page, as one read of a page costs little more than one
 /// of a word.
 pub(crate) const WINDOW_WORDS: usize = 512;
-
-/// As [`tracer_common::event::StackEvent`].
-#[repr(C)]
-pub(crate) struct ScratchEvent {
-    pub(crate) kind: u32,
-    pub(crate) tgid: u32,
-    pub(crate) instance: u32,
-    pub(crate) site: u32,
-    pub(crate) hash: u64,
-    pub(crate) depth: u32,
-    pub(crate) end: u32,
-    pub(crate) frames: [u64; MAX_FRAMES],
-}

@@ -25,7 +25,7 @@ use crate::{
 
 /// The current process's instance, if it records.
 #[inline(always)]
-fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
+pub(crate) fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
     let membership = PROCESSES.get_ptr((pid_tgid >> 32) as u32)?;
     // SAFETY: a live map element.
     let instance = unsafe { (*membership).instance };
@@ -41,7 +41,7 @@ fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
 }
 
 #[inline(always)]
-fn pid_tgid() -> u64 {
+pub(crate) fn pid_tgid() -> u64 {
     // SAFETY: no argument.
     unsafe { bpf_get_current_pid_tgid() }
 }

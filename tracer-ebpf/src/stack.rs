@@ -1,15 +1,39 @@
 //! Who called: the one place that knows how stacks are walked.
+//!
+//! From one frame to its caller by the unwind tables ([`crate::unwind`]), and where code has none by
+//! the frame pointer, if that leads to known code. One frame is one iteration of `bpf_loop`, so that
+//! the verifier follows one frame only.
 
 use core::ffi::c_void;
 
-use aya_ebpf::{bindings::pt_regs, helpers::generated::bpf_loop};
-use tracer_common::event::{MAX_FRAMES, StackEnd};
+use aya_ebpf::{
+    bindings::pt_regs,
+    helpers::generated::{
+        bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_loop, bpf_probe_read_user,
+    },
+};
+use tracer_common::{
+    event::{EventHeader, EventKind, MAX_FRAMES, STACK_COPY_BYTES, StackCopyEvent, StackEnd},
+    instance::Instance,
+    unwind::{Rule, RuleKind, rule_cfa_offset, rule_frame_pointer_offset, rule_kind},
+};
 
 use crate::{
     atomic::swap_u32,
     kernel,
-    maps::{SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
+    maps::{CONFIG, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
+    unwind::{Code, SegmentList},
 };
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Stacks are at most this large: a frame pointer further away is something else.
+const MAX_STACK_BYTES: u64 = 64 << 20;
+
+/// Between two reports of unknown code of one instance.
+const UNKNOWN_CODE_INTERVAL_NS: u64 = 10_000_000;
+/// Between two copies of stacks of one instance: at most 16 MiB a second go through the ring buffer.
+const STACK_COPY_INTERVAL_NS: u64 = 2_000_000;
 
 /// A finished walk; gives its buffer back when told to.
 pub(crate) struct Stack {
@@ -22,32 +46,36 @@ impl Stack {
     ///
     /// None if every buffer of this processor is in use.
     #[inline(always)]
-    pub(crate) fn capture(regs: *const pt_regs) -> Option<Self> {
+    pub(crate) fn capture(regs: *const pt_regs, state: &Instance) -> Option<Self> {
         let scratch = claim()?;
-        // SAFETY: the kernel hands every uprobe program a valid `pt_regs`; `scratch` is claimed.
-        let mut walk = unsafe {
-            (*scratch).event.frames[0] = (*regs).rip;
+        // SAFETY: claimed by this walk, and the kernel hands every uprobe program a valid `pt_regs`.
+        unsafe {
+            let walk = &mut (*scratch).walk;
+            walk.address = (*regs).rip;
+            walk.stack_pointer = (*regs).rsp;
+            walk.frame_pointer = (*regs).rbp;
+            walk.window_bytes = 0;
+            walk.unknown_code = 0;
+            walk.code.forget();
+            // One read, as the user side replaces both halves at once.
+            let segments = (&raw const state.segments).read_volatile();
+            walk.segments = SegmentList {
+                first: segments as u32,
+                count: (segments >> 32) as u32,
+            };
+            (*scratch).event.hash = 0;
+            (*scratch).event.depth = 0;
             (*scratch).event.end = StackEnd::DepthLimit as u32;
-            Walk {
-                scratch,
-                frame_pointer: (*regs).rbp,
-                floor: (*regs).rsp,
-                hash: mix(u64::from((*scratch).zero), (*regs).rip),
-                window_start: u64::from((*scratch).zero),
-                window_bytes: (*scratch).zero,
-                depth: (*scratch).zero,
-            }
-        };
+        }
+        let mut context = Context { scratch };
         // SAFETY: the callback has the signature that the helper wants and the context outlives it.
         unsafe {
             bpf_loop(
-                MAX_FRAMES as u32 - 1,
+                CONFIG.load().max_depth,
                 step as *const () as *mut c_void,
-                (&raw mut walk).cast::<c_void>(),
+                (&raw mut context).cast::<c_void>(),
                 0,
             );
-            (*scratch).event.hash = walk.hash;
-            (*scratch).event.depth = walk.depth + 1;
         }
         Some(Self { scratch })
     }
@@ -59,6 +87,40 @@ impl Stack {
         unsafe { (*self.scratch).event.hash | 1 << 63 }
     }
 
+    /// Whether the user side could do better with the stack's memory.
+    #[inline(always)]
+    pub(crate) fn wants_copy(&self) -> bool {
+        // SAFETY: claimed by this walk.
+        let end = unsafe { (*self.scratch).event.end };
+        CONFIG.load().copy_all_stacks != 0
+            || (end != StackEnd::Root as u32 && end != StackEnd::DepthLimit as u32)
+    }
+
+    /// Has the user side look at what is mapped, if the walk came upon code that is in no segment.
+    #[inline(always)]
+    pub(crate) fn report_unknown_code(&self, state: &Instance, instance: u32) {
+        // SAFETY: claimed by this walk.
+        let unknown_code = unsafe { (*self.scratch).walk.unknown_code };
+        if unknown_code == 0 {
+            return;
+        }
+        let at = (&raw const state.unknown_code_at_ns).cast_mut();
+        // SAFETY: a field of a live map element.
+        if !unsafe { is_due(at, UNKNOWN_CODE_INTERVAL_NS) } {
+            return;
+        }
+        let event = EventHeader {
+            kind: EventKind::UnknownCode as u32,
+            // SAFETY: no argument.
+            tgid: (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32,
+            instance,
+            // The page's number is enough to tell places apart.
+            detail: (unknown_code >> 12) as u32,
+        };
+        // If there is no room, the next stack reports it.
+        let _ = EVENTS.output::<EventHeader>(event, 0);
+    }
+
     /// The buffer, with the frames.
     #[inline(always)]
     pub(crate) fn scratch(&self) -> *mut Scratch {
@@ -68,14 +130,70 @@ impl Stack {
     /// Gives the buffer back.
     #[inline(always)]
     pub(crate) fn release(self) {
-        // SAFETY: an aligned field of a live map element.
-        unsafe { swap_u32(&raw mut (*self.scratch).claimed, 0) };
+        // SAFETY: claimed by this walk, which is over.
+        unsafe { give_back(self.scratch) };
     }
+}
+
+/// Copies the memory of the stack for the user side. False if it is not the time for it or there is
+/// no room.
+#[inline(always)]
+pub(crate) fn copy(regs: *const pt_regs, state: &Instance, header: EventHeader) -> bool {
+    let at = (&raw const state.stack_copied_at_ns).cast_mut();
+    // SAFETY: a field of a live map element.
+    if CONFIG.load().copy_all_stacks == 0 && !unsafe { is_due(at, STACK_COPY_INTERVAL_NS) } {
+        return false;
+    }
+    let Some(mut entry) = EVENTS.reserve::<StackCopyEvent>(0) else {
+        return false;
+    };
+    let event = entry.as_mut_ptr();
+    // SAFETY: the kernel hands every uprobe program a valid `pt_regs`, and the entry is ours; every
+    // field is written, but for memory beyond `bytes`, which the user side does not look at.
+    unsafe {
+        (*event).header = header;
+        (*event).instruction_pointer = (*regs).rip;
+        (*event).stack_pointer = (*regs).rsp;
+        (*event).frame_pointer = (*regs).rbp;
+        let start = (*regs).rsp & !(PAGE_BYTES - 1);
+        let mut bytes = 0;
+        for page in 0..STACK_COPY_BYTES / PAGE_BYTES as usize {
+            let offset = page * PAGE_BYTES as usize;
+            let to = (&raw mut (*event).memory).cast::<u8>().add(offset);
+            let from = start.wrapping_add(offset as u64);
+            if bpf_probe_read_user(to.cast(), PAGE_BYTES as u32, from as *const c_void) != 0 {
+                break;
+            }
+            bytes = offset as u64 + PAGE_BYTES;
+        }
+        (*event).bytes = bytes;
+    }
+    entry.submit(0);
+    true
+}
+
+/// Whether an interval has passed since the time at `at`, which becomes now if so. Processors that
+/// ask at the same moment may both be told so.
+///
+/// # Safety
+///
+/// `at` is a field of a live map element.
+#[inline(always)]
+unsafe fn is_due(at: *mut u64, interval_ns: u64) -> bool {
+    // SAFETY: no argument, and as the caller promises.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        if now.wrapping_sub(at.read_volatile()) < interval_ns {
+            return false;
+        }
+        at.write_volatile(now);
+    }
+    true
 }
 
 /// Takes a buffer of this processor that no other walk holds.
 #[inline(always)]
-fn claim() -> Option<*mut Scratch> {
+pub(crate) fn claim() -> Option<*mut Scratch> {
     for slot in 0..SCRATCH_SLOTS {
         let scratch = SCRATCH.get_ptr_mut(slot)?;
         // SAFETY: an aligned field of a live map element.
@@ -86,88 +204,192 @@ fn claim() -> Option<*mut Scratch> {
     None
 }
 
-/// State of a walk, on the BPF stack.
+/// Gives a buffer back.
+///
+/// # Safety
+///
+/// It was claimed, and is used no more.
+#[inline(always)]
+pub(crate) unsafe fn give_back(scratch: *mut Scratch) {
+    // SAFETY: an aligned field of a live map element.
+    unsafe { swap_u32(&raw mut (*scratch).claimed, 0) };
+}
+
+/// What `bpf_loop` hands to [`step`]. All else is in the buffer, of whose content the verifier knows
+/// nothing: what it knew would make it follow one path again and again.
 #[repr(C)]
-struct Walk {
+struct Context {
     scratch: *mut Scratch,
+}
+
+/// State of a walk.
+#[repr(C)]
+pub(crate) struct Walk {
+    /// Return address into the frame that is next.
+    address: u64,
+    /// Its stack pointer.
+    stack_pointer: u64,
+    /// Its frame pointer register, whatever that is used for.
     frame_pointer: u64,
-    /// Frames lie above this.
-    floor: u64,
-    hash: u64,
-    /// Address of the first word in the scratch's window.
+    /// Address of the first word in the buffer's window.
     window_start: u64,
     /// Bytes of the window that are filled.
-    window_bytes: u32,
-    /// Frames after the first.
-    depth: u32,
+    window_bytes: u64,
+    /// Address in no known code that the walk came upon, or 0.
+    unknown_code: u64,
+    segments: SegmentList,
+    /// The code looked at last.
+    code: Code,
 }
-
-impl Walk {
-    /// Reads a word of the stack through the window.
-    #[inline(always)]
-    fn read(&mut self, address: u64) -> Option<u64> {
-        let mut offset = address.wrapping_sub(self.window_start);
-        if offset >= u64::from(self.window_bytes) {
-            // Up to the end of the page: a read that fails costs microseconds.
-            let bytes = (PAGE_BYTES - (address & (PAGE_BYTES - 8))) as u32;
-            // SAFETY: claimed by this walk; the window is a page long.
-            let window = unsafe { &raw mut (*self.scratch).window };
-            // SAFETY: the helper checks the source, and the destination has room for a page.
-            unsafe { kernel::read_user_bytes(window.cast(), bytes, address)? };
-            self.window_start = address;
-            self.window_bytes = bytes;
-            offset = 0;
-        }
-        // SAFETY: claimed by this walk; the index is masked.
-        Some(unsafe { (*self.scratch).window[(offset >> 3) as usize & (WINDOW_WORDS - 1)] })
-    }
-}
-
-const PAGE_BYTES: u64 = 4096;
-
-/// Stacks are at most this large: a frame pointer further away is something else.
-const MAX_STACK_BYTES: u64 = 64 << 20;
 
 /// Takes one frame; returns 1 to end the walk.
-extern "C" fn step(index: u32, walk: *mut Walk) -> i64 {
-    // SAFETY: `bpf_loop` hands over the context that `capture` gave it.
-    let walk = unsafe { &mut *walk };
-    let scratch = walk.scratch;
-    let end = |end: StackEnd| {
-        // SAFETY: claimed by this walk.
-        unsafe { (*scratch).event.end = end as u32 };
-        1
-    };
-    let frame_pointer = walk.frame_pointer;
-    if frame_pointer == 0 {
-        return end(StackEnd::Root);
-    }
-    if frame_pointer < walk.floor
-        || frame_pointer - walk.floor > MAX_STACK_BYTES
-        || frame_pointer & 7 != 0
-    {
-        return end(StackEnd::Lost);
-    }
-    // As the prologue `push %rbp; mov %rsp,%rbp` leaves it.
-    let (Some(caller_frame_pointer), Some(return_address)) =
-        (walk.read(frame_pointer), walk.read(frame_pointer + 8))
-    else {
-        return end(StackEnd::Lost);
-    };
-    if return_address == 0 {
-        return end(StackEnd::Root);
-    }
-    let position = index as usize + 1;
+extern "C" fn step(index: u32, context: *mut Context) -> i64 {
+    // SAFETY: `bpf_loop` hands over the context that `capture` gave it, whose buffer is claimed.
+    let scratch = unsafe { &mut *(*context).scratch };
+    let position = index as usize;
     if position >= MAX_FRAMES {
         return 1;
     }
-    // SAFETY: claimed by this walk, and the index was checked.
-    unsafe { (*walk.scratch).event.frames[position] = return_address };
-    walk.hash = mix(walk.hash, return_address);
-    walk.depth = index + 1;
-    walk.floor = frame_pointer + 16;
-    walk.frame_pointer = caller_frame_pointer;
-    0
+    let address = scratch.walk.address;
+    scratch.event.frames[position] = address;
+    scratch.event.hash = mix(scratch.event.hash, address);
+    scratch.event.depth = index + 1;
+    match scratch.to_caller() {
+        Ok(()) => 0,
+        Err(end) => {
+            scratch.event.end = end as u32;
+            1
+        }
+    }
+}
+
+impl Scratch {
+    /// Steps from a frame to its caller's.
+    #[inline(always)]
+    fn to_caller(&mut self) -> Result<(), StackEnd> {
+        // The instruction of the call, not the one after it, which may be another function's.
+        let address = self.walk.address.wrapping_sub(1);
+        if !self.walk.code.contains(address) && !self.walk.code.find(self.walk.segments, address) {
+            self.walk.unknown_code = address;
+            return Err(StackEnd::UnknownCode);
+        }
+        if !self.walk.code.has_table() {
+            return self.by_frame_pointer();
+        }
+        let rule = self.walk.code.rule(address);
+        let kind = rule_kind(rule);
+        let cfa_offset = i64::from(rule_cfa_offset(rule)) as u64;
+        let frame_pointer_offset = rule_frame_pointer_offset(rule);
+        let saved_at = i64::from(frame_pointer_offset) as u64;
+        let mut is_saved = frame_pointer_offset != Rule::UNCHANGED;
+        let cfa = if kind == RuleKind::StackPointer as u8 {
+            self.walk.stack_pointer.wrapping_add(cfa_offset)
+        } else if kind == RuleKind::FramePointer as u8 {
+            self.walk.frame_pointer.wrapping_add(cfa_offset)
+        } else if kind == RuleKind::Root as u8 {
+            return Err(StackEnd::Root);
+        } else if kind == RuleKind::None as u8 {
+            return self.by_frame_pointer();
+        } else if kind == RuleKind::SignalFrame as u8 {
+            return self.by_signal_frame();
+        } else if kind == RuleKind::Plt as u8 {
+            let pushed = if address & 15 >= 11 { 8 } else { 0 };
+            self.walk.stack_pointer.wrapping_add(8 + pushed)
+        } else if kind == RuleKind::DereferencedFramePointer as u8 {
+            let frame_pointer = self.walk.frame_pointer;
+            let cfa = self.read(frame_pointer.wrapping_add(cfa_offset))?;
+            if is_saved {
+                self.walk.frame_pointer = self.read(frame_pointer.wrapping_add(saved_at))?;
+                is_saved = false;
+            }
+            cfa
+        } else {
+            return Err(StackEnd::Unsupported);
+        };
+        // Every caller's frame lies above.
+        if cfa <= self.walk.stack_pointer {
+            return Err(StackEnd::Astray);
+        }
+        // Before the return address, which lies above it: the window moves up only.
+        if is_saved {
+            self.walk.frame_pointer = self.read(cfa.wrapping_add(saved_at))?;
+        }
+        let address = self.read(cfa.wrapping_sub(8))?;
+        if address == 0 {
+            return Err(StackEnd::Root);
+        }
+        self.walk.stack_pointer = cfa;
+        self.walk.address = address;
+        Ok(())
+    }
+
+    /// Through code without a table, as the prologue `push %rbp; mov %rsp,%rbp` leaves the stack.
+    /// The register may hold anything, so what it leads to has to be known code.
+    #[inline(always)]
+    fn by_frame_pointer(&mut self) -> Result<(), StackEnd> {
+        let frame_pointer = self.walk.frame_pointer;
+        if frame_pointer == 0 {
+            // So the ABI marks the outermost frame: the entry of a dynamic loader, a thread of musl.
+            return Err(StackEnd::Root);
+        }
+        if frame_pointer < self.walk.stack_pointer
+            || frame_pointer - self.walk.stack_pointer > MAX_STACK_BYTES
+            || frame_pointer & 7 != 0
+        {
+            return Err(StackEnd::NoTable);
+        }
+        let (Ok(callers), Ok(address)) = (self.read(frame_pointer), self.read(frame_pointer + 8))
+        else {
+            return Err(StackEnd::NoTable);
+        };
+        let call = address.wrapping_sub(1);
+        if !self.walk.code.contains(call) && !self.walk.code.find(self.walk.segments, call) {
+            self.walk.unknown_code = call;
+            return Err(StackEnd::NoTable);
+        }
+        self.walk.stack_pointer = frame_pointer + 16;
+        self.walk.frame_pointer = callers;
+        self.walk.address = address;
+        Ok(())
+    }
+
+    /// From a signal handler's return to what it interrupted, perhaps on another stack.
+    #[inline(always)]
+    fn by_signal_frame(&mut self) -> Result<(), StackEnd> {
+        // `struct rt_sigframe` after its return address: uc_mcontext of the ucontext.
+        const FRAME_POINTER: u64 = 120;
+        const STACK_POINTER: u64 = 160;
+        const INSTRUCTION_POINTER: u64 = 168;
+        let frame = self.walk.stack_pointer;
+        self.walk.frame_pointer = self.read(frame.wrapping_add(FRAME_POINTER))?;
+        self.walk.stack_pointer = self.read(frame.wrapping_add(STACK_POINTER))?;
+        let interrupted = self.read(frame.wrapping_add(INSTRUCTION_POINTER))?;
+        self.walk.address = interrupted.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Reads a word of the stack through the window.
+    #[inline(always)]
+    fn read(&mut self, address: u64) -> Result<u64, StackEnd> {
+        if address & 7 != 0 {
+            return Err(StackEnd::Astray);
+        }
+        let mut offset = address.wrapping_sub(self.walk.window_start);
+        if offset >= self.walk.window_bytes {
+            // Up to the end of the page: a read that fails costs microseconds.
+            let bytes = (PAGE_BYTES - (address & (PAGE_BYTES - 8))) as u32;
+            let window = &raw mut self.window;
+            // SAFETY: the helper checks the source, and the destination has room for a page.
+            if unsafe { kernel::read_user_bytes(window.cast(), bytes, address) }.is_none() {
+                self.walk.window_bytes = 0;
+                return Err(StackEnd::Unreadable);
+            }
+            self.walk.window_start = address;
+            self.walk.window_bytes = u64::from(bytes);
+            offset = 0;
+        }
+        Ok(self.window[(offset >> 3) as usize & (WINDOW_WORDS - 1)])
+    }
 }
 
 /// Adds a return address to a hash (multiply and shift; the constant is the golden ratio's).

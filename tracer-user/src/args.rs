@@ -3,6 +3,11 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use tracer_common::event::MAX_FRAMES;
+
+use crate::bpf::links::Measure;
+
+use crate::symbolize;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -13,7 +18,10 @@ Examples:
   unfreed doctor 4242                   what would be probed there, what it costs, is it safe";
 
 const DEFAULT_MAX_LIVE: u32 = 1 << 20;
-const DEFAULT_MAX_SITES: u32 = 1 << 14;
+const DEFAULT_MAX_SITES: u32 = 1 << 16;
+const DEFAULT_MAX_DEPTH: u32 = 128;
+const DEFAULT_UNWIND_MIB: u64 = 32;
+const DEFAULT_CACHE_DIR: &str = "/var/cache/unfreed/unwind";
 
 /// Finds memory leaks in running processes, from outside: nothing is recompiled, restarted,
 /// injected or stopped.
@@ -85,6 +93,9 @@ Examples:
     Doctor(Doctor),
     /// Trace a small leaking server for some seconds, to see what unfreed does
     Demo(Demo),
+    /// Reads symbols for another unfreed
+    #[command(name = symbolize::helper::VERB, hide = true)]
+    Symbolizer,
     /// The leaking server of `demo`
     #[command(name = "demo-server", hide = true)]
     DemoServer,
@@ -115,6 +126,13 @@ pub struct ReportOptions {
     /// Count only blocks that have been live for at least MS milliseconds
     #[arg(long, value_name = "MS")]
     pub older: Option<u64>,
+    /// Look for separate debug files in DIR first, then in /usr/lib/debug (may be repeated)
+    #[arg(long, value_name = "DIR")]
+    pub debug_dir: Vec<PathBuf>,
+    /// Take functions of this name for allocation wrappers too, whose callers matter; `*` stands
+    /// for any text (may be repeated)
+    #[arg(long, value_name = "GLOB")]
+    pub wrapper: Vec<String>,
 }
 
 /// What is traced and recorded.
@@ -140,15 +158,30 @@ pub struct TraceOptions {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SITES,
           value_parser = clap::value_parser!(u32).range(16..=1 << 22))]
     pub max_sites: u32,
+    /// Frames taken of a stack, at most 512
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DEPTH,
+          value_parser = clap::value_parser!(u32).range(1..=MAX_FRAMES as i64))]
+    pub max_depth: u32,
+    /// Kernel memory for unwind tables, in MiB; code that finds no room in it is walked by frame
+    /// pointers
+    #[arg(long, value_name = "MIB", default_value_t = DEFAULT_UNWIND_MIB,
+          value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub unwind_memory: u64,
+    /// Keep unwind tables in DIR, so that they need not be built again; can be deleted at any time
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_CACHE_DIR)]
+    pub cache_dir: PathBuf,
     /// Trace even where `unfreed doctor` says that it is dangerous
     #[arg(long)]
     pub force: bool,
     /// Attach by perf links even where the kernel has uprobe_multi
     #[arg(long, hide = true)]
     pub perf_links: bool,
-    /// Attach programs that do nothing, to measure what the probes cost by themselves
+    /// Attach programs that only do this, to measure what it costs
+    #[arg(long, hide = true, value_name = "WHAT")]
+    pub measure: Option<Measure>,
+    /// Unwind every new stack a second time, in userspace, and report whether both agree
     #[arg(long, hide = true)]
-    pub empty_probes: bool,
+    pub check_stacks: bool,
 }
 
 impl Default for TraceOptions {
@@ -162,7 +195,11 @@ impl Default for TraceOptions {
             max_sites: DEFAULT_MAX_SITES,
             force: false,
             perf_links: false,
-            empty_probes: false,
+            measure: None,
+            max_depth: DEFAULT_MAX_DEPTH,
+            unwind_memory: DEFAULT_UNWIND_MIB,
+            cache_dir: PathBuf::from(DEFAULT_CACHE_DIR),
+            check_stacks: false,
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
         links::{self, Point, ProbeProgram},
         tracer::Tracer,
     },
-    discover::process::{Mapping, Process},
+    discover::{maps::Mapping, process::Process},
 };
 
 /// What one hit of a probe costs, in nanoseconds, without what the tracer does then.
@@ -126,7 +126,10 @@ fn locate(mappings: &[Mapping], function: extern "C" fn()) -> anyhow::Result<(&M
         .iter()
         .find(|mapping| (mapping.start..mapping.end).contains(&address))
         .ok_or_else(|| anyhow!("failed to find unfreed's own code in its maps"))?;
-    let file_offset = address - mapping.start + mapping.file_offset;
+    let part = mapping
+        .file()
+        .ok_or_else(|| anyhow!("unfreed's own code belongs to no file"))?;
+    let file_offset = address - mapping.start + part.offset;
     Ok((
         mapping,
         Point {
@@ -184,14 +187,8 @@ mod tests {
     }
 
     fn measured_without_traces(perf_links: bool) {
-        let limits = Limits {
-            max_live_blocks: 1024,
-            max_sites: 64,
-            min_size_bytes: 0,
-            max_size_bytes: u64::MAX,
-        };
         let before = first_bytes();
-        let mut tracer = Tracer::load(limits, perf_links).unwrap();
+        let mut tracer = Tracer::load(Limits::LEAST, perf_links).unwrap();
         let start = Instant::now();
         let cost = measure(&mut tracer).unwrap();
         eprintln!("{cost:?} in {:?}", start.elapsed());

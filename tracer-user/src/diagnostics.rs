@@ -1,6 +1,10 @@
 //! What `-v` shows: our own log on standard error, and with `-vv` the BPF programs'.
 
+use std::io::Write as _;
+
 use log::LevelFilter;
+
+use crate::terminal::Harmless;
 
 /// Starts logging at a verbosity: 0 warnings, 1 what is done, 2 and more everything.
 pub fn init(verbosity: u8) {
@@ -14,6 +18,9 @@ pub fn init(verbosity: u8) {
         .filter_module("tracer_user", ours)
         // The BPF programs log under the names of their modules.
         .filter_module("unfreed_bpf", ours)
-        .format_timestamp(None)
+        .format(|to, record| {
+            let (level, module) = (record.level(), record.target());
+            writeln!(Harmless(to), "[{level:<5} {module}] {}", record.args())
+        })
         .init();
 }

@@ -6,23 +6,40 @@
 use std::{
     collections::HashMap,
     fs::File,
-    os::fd::AsRawFd as _,
+    io,
+    os::{fd::AsRawFd as _, unix::fs::FileExt as _},
     path::{Path, PathBuf},
     rc::Rc,
 };
 
-use crate::discover::{
-    module::{FileId, Module, Search},
-    process::{Mapping, Process},
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::{
+    discover::{
+        maps::{Backing, FilePart, Mapping},
+        module::{FileId, Module, Search},
+        process::Process,
+        root::Root,
+    },
+    symbolize::{
+        debug_files::{DebugFile, DebugFileSearch},
+        perf_map::PerfMap,
+    },
 };
 
 /// A mapped file.
 #[derive(Debug)]
 pub struct KnownFile {
-    /// Its path as the process sees it.
+    /// Its path as the kernel names it.
     pub path: PathBuf,
+    /// Its path as the process sees it, which differs below another root (chroot).
+    pub path_inside: PathBuf,
+    /// Whether it is a program or library: code in other files is the process's own making.
+    pub is_elf: bool,
     /// What it defines; the error, in words, if it could not be read as a program or library.
     pub module: Result<Module, String>,
+    /// Files that describe it, as the process that showed it could see them.
+    pub debug_files: Vec<DebugFile>,
     /// Keeps the inode alive.
     handle: Option<File>,
 }
@@ -31,11 +48,13 @@ impl KnownFile {
     /// A path that leads to this very file as long as it is held.
     #[must_use]
     pub fn readable_path(&self) -> Option<PathBuf> {
-        let handle = self.handle.as_ref()?;
-        Some(PathBuf::from(format!(
-            "/proc/self/fd/{}",
-            handle.as_raw_fd()
-        )))
+        self.handle.as_ref().map(fd_path)
+    }
+
+    /// The file itself, for others to read.
+    #[must_use]
+    pub const fn handle(&self) -> Option<&File> {
+        self.handle.as_ref()
     }
 
     /// File name without its directory, for frames.
@@ -59,41 +78,94 @@ impl KnownFile {
 #[derive(Debug)]
 pub struct Files {
     search: Search,
+    debug_file_search: DebugFileSearch,
     known: HashMap<FileId, Rc<KnownFile>>,
+    /// The kernel's code for user space, the same in every process of a kind.
+    vdsos: Vec<(Vec<u8>, Rc<KnownFile>)>,
 }
 
 impl Files {
     /// None yet.
     #[must_use]
-    pub fn new(search: Search) -> Self {
+    pub fn new(search: Search, debug_file_search: DebugFileSearch) -> Self {
         Self {
             search,
+            debug_file_search,
             known: HashMap::new(),
+            vdsos: Vec::new(),
         }
     }
 
-    /// The file of a mapping, opened and read at first sight.
-    fn get(&mut self, pid: u32, mapping: &Mapping) -> Rc<KnownFile> {
-        if let Some(known) = self.known.get(&mapping.file) {
+    /// What is behind a mapping, opened and read at first sight. None if the process made it up.
+    fn behind(&mut self, pid: u32, mapping: &Mapping) -> Option<Rc<KnownFile>> {
+        match &mapping.backing {
+            Backing::File(part) => Some(self.get(pid, &mapping.map_file(pid), part)),
+            Backing::Vdso => match self.vdso(pid, mapping) {
+                Ok(vdso) => Some(vdso),
+                Err(error) => {
+                    log::info!("failed to read the vDSO of PID {pid}: {error}");
+                    None
+                }
+            },
+            Backing::Anonymous(_) => None,
+        }
+    }
+
+    fn get(&mut self, pid: u32, map_file: &Path, part: &FilePart) -> Rc<KnownFile> {
+        if let Some(known) = self.known.get(&part.file) {
             return Rc::clone(known);
         }
-        let map_file = mapping.map_file(pid);
         // Opening a device has effects.
-        let is_regular = std::fs::metadata(&map_file).is_ok_and(|metadata| metadata.is_file());
+        let is_regular = std::fs::metadata(map_file).is_ok_and(|metadata| metadata.is_file());
+        let handle = match is_regular {
+            true => File::open(map_file).ok(),
+            false => None,
+        };
+        // Gone with the process.
+        let root = Root::of_process(pid).ok();
+        let path_inside = root
+            .as_ref()
+            .map_or_else(|| part.path.clone(), |root| root.inside(&part.path));
         let known = Rc::new(KnownFile {
-            path: mapping.path.clone(),
+            path: part.path.clone(),
+            is_elf: is_regular && handle.as_ref().is_none_or(is_elf),
             module: match is_regular {
-                true => Module::read(&map_file, &self.search).map_err(|error| format!("{error:#}")),
+                true => Module::read(map_file, &self.search).map_err(|error| format!("{error:#}")),
                 false => Err("no regular file".to_owned()),
             },
-            handle: if is_regular {
-                File::open(&map_file).ok()
-            } else {
-                None
-            },
+            debug_files: handle.as_ref().map_or_else(Vec::new, |file| {
+                let search = &self.debug_file_search;
+                search.find(file, &path_inside, root.as_ref())
+            }),
+            path_inside,
+            handle,
         });
-        self.known.insert(mapping.file, Rc::clone(&known));
+        self.known.insert(part.file, Rc::clone(&known));
         known
+    }
+
+    /// The vDSO as a file in memory, so that it is no special case from here on.
+    fn vdso(&mut self, pid: u32, mapping: &Mapping) -> io::Result<Rc<KnownFile>> {
+        const MAX_VDSO_BYTES: u64 = 1 << 20;
+        let length = (mapping.end - mapping.start).min(MAX_VDSO_BYTES);
+        let mut image = vec![0; length as usize];
+        File::open(format!("/proc/{pid}/mem"))?.read_exact_at(&mut image, mapping.start)?;
+        if let Some((_, known)) = self.vdsos.iter().find(|(known, _)| *known == image) {
+            return Ok(Rc::clone(known));
+        }
+        let file = File::from(memfd_create(c"vdso", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all_at(&image, 0)?;
+        let known = Rc::new(KnownFile {
+            path: PathBuf::from("[vdso]"),
+            path_inside: PathBuf::from("[vdso]"),
+            is_elf: true,
+            debug_files: Vec::new(),
+            module: Module::read(&fd_path(&file), &self.search)
+                .map_err(|error| format!("{error:#}")),
+            handle: Some(file),
+        });
+        self.vdsos.push((image, Rc::clone(&known)));
+        Ok(known)
     }
 }
 
@@ -102,8 +174,19 @@ impl Files {
 pub struct Segment {
     /// The mapping.
     pub mapping: Mapping,
-    /// The file behind it.
-    pub file: Rc<KnownFile>,
+    /// The file behind it, or the vDSO; none for code that the process made.
+    pub file: Option<Rc<KnownFile>>,
+    /// Whether it is still mapped.
+    pub is_mapped: bool,
+}
+
+impl Segment {
+    /// Offset in the file of an address of this segment.
+    #[must_use]
+    pub fn file_offset(&self, address: u64) -> u64 {
+        let first = self.mapping.file().map_or(0, |part| part.offset);
+        first.saturating_add(address - self.mapping.start)
+    }
 }
 
 /// The code that a process has mapped, as far as it was seen. Unmapped code is kept until other
@@ -112,6 +195,10 @@ pub struct Segment {
 pub struct AddressSpace {
     /// By start address, not overlapping.
     segments: Vec<Segment>,
+    /// Counts the changes.
+    version: u64,
+    /// Functions that the process made, as it tells them.
+    perf_map: Option<PerfMap>,
 }
 
 /// Where a frame is.
@@ -119,54 +206,98 @@ pub struct AddressSpace {
 pub enum Location {
     /// In a file, at this offset.
     File(Rc<KnownFile>, u64),
-    /// At an address that belongs to no file.
+    /// In code that the process made at run time.
+    Generated(Generated),
+    /// At an address where no code was seen.
     Unknown(u64),
 }
 
+/// A place in code that a process made at run time (JIT).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Generated {
+    /// The function, where the process says so (perf map).
+    pub function: Option<Rc<str>>,
+    /// The process's name for the memory, may be empty.
+    pub region: Rc<str>,
+    /// Offset from the start of the mapping.
+    pub offset: u64,
+}
+
 impl AddressSpace {
-    /// Looks at what a process has mapped now. Gives the code segments that are new.
-    pub fn refresh(&mut self, pid: u32, files: &mut Files) -> anyhow::Result<Vec<Segment>> {
-        let mut new = Vec::new();
-        for mapping in Process::mappings(pid)?
-            .into_iter()
-            .filter(|mapping| mapping.executable)
-        {
-            if self
+    /// Looks at what a process has mapped now. Gives whether its code changed.
+    pub fn refresh(&mut self, pid: u32, files: &mut Files) -> anyhow::Result<bool> {
+        let mappings = Process::mappings(pid)?;
+        self.perf_map.get_or_insert_with(|| PerfMap::new(pid));
+        let mut changed = false;
+        for segment in &mut self.segments {
+            let at = mappings.binary_search_by_key(&segment.mapping.start, |now| now.start);
+            let is_mapped = at.is_ok_and(|at| mappings[at] == segment.mapping);
+            changed |= is_mapped != segment.is_mapped;
+            segment.is_mapped = is_mapped;
+        }
+        for mapping in mappings.into_iter().filter(|mapping| mapping.executable) {
+            let first = self
                 .segments
-                .iter()
-                .any(|segment| segment.mapping == mapping)
-            {
+                .partition_point(|old| old.mapping.end <= mapping.start);
+            let last = self
+                .segments
+                .partition_point(|old| old.mapping.start < mapping.end);
+            let old = &self.segments[first..last.max(first)];
+            if old.len() == 1 && old[0].mapping == mapping {
                 continue;
             }
-            self.segments
-                .retain(|old| old.mapping.end <= mapping.start || mapping.end <= old.mapping.start);
-            let file = files.get(pid, &mapping);
-            let segment = Segment { mapping, file };
-            let at = self
-                .segments
-                .partition_point(|old| old.mapping.start < segment.mapping.start);
-            self.segments.insert(at, segment.clone());
-            new.push(segment);
+            let file = files.behind(pid, &mapping);
+            let segment = Segment {
+                mapping,
+                file,
+                is_mapped: true,
+            };
+            self.segments.splice(first..last.max(first), [segment]);
+            changed = true;
         }
-        Ok(new)
+        self.version += u64::from(changed);
+        Ok(changed)
     }
 
-    /// The file and offset of an address.
+    /// Where a return address is. The code that it returns to is that of the call before it, which
+    /// may be the last instruction of its segment. Code that the process made is asked for its name
+    /// now, as it may be elsewhere tomorrow.
+    pub fn locate(&mut self, address: u64) -> Location {
+        let Some(segment) = segment_of(&self.segments, address) else {
+            return Location::Unknown(address);
+        };
+        match &segment.file {
+            Some(file) if file.is_elf => {
+                Location::File(Rc::clone(file), segment.file_offset(address))
+            }
+            file => Location::Generated(Generated {
+                function: self
+                    .perf_map
+                    .as_mut()
+                    .and_then(|perf_map| perf_map.caller(address)),
+                region: match (&segment.mapping.backing, file) {
+                    (Backing::Anonymous(name), _) => Rc::from(name.as_str()),
+                    (_, Some(file)) => Rc::from(file.path_inside.to_string_lossy()),
+                    (_, None) => Rc::from(""),
+                },
+                offset: address - segment.mapping.start,
+            }),
+        }
+    }
+
+    /// Whether code was seen where a return address leads.
     #[must_use]
-    pub fn locate(&self, address: u64) -> Location {
-        let after = self
-            .segments
-            .partition_point(|segment| segment.mapping.start <= address);
-        match after.checked_sub(1).map(|index| &self.segments[index]) {
-            Some(segment) if address < segment.mapping.end => Location::File(
-                Rc::clone(&segment.file),
-                address - segment.mapping.start + segment.mapping.file_offset,
-            ),
-            _ => Location::Unknown(address),
-        }
+    pub fn covers(&self, address: u64) -> bool {
+        segment_of(&self.segments, address).is_some()
     }
 
-    /// All code segments known.
+    /// Another one after every change.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// All code segments known, in the order of their addresses; also those unmapped since.
     #[must_use]
     pub fn segments(&self) -> &[Segment] {
         &self.segments
@@ -177,4 +308,20 @@ impl AddressSpace {
 #[must_use]
 pub fn is_named(path: &Path, wanted: &Path) -> bool {
     path == wanted || path.file_name() == Some(wanted.as_os_str())
+}
+
+/// The segment of the call that returns to an address.
+fn segment_of(segments: &[Segment], address: u64) -> Option<&Segment> {
+    let after = segments.partition_point(|segment| segment.mapping.start < address);
+    let segment = &segments[after.checked_sub(1)?];
+    (address <= segment.mapping.end).then_some(segment)
+}
+
+fn is_elf(file: &File) -> bool {
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF"
+}
+
+fn fd_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }

@@ -6,15 +6,16 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    time::SystemTime,
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, sync::Notify};
 use tracer_common::{
-    event::{EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES},
-    instance::HELD,
+    event::{EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES, StackEnd},
+    instance::{HELD, HELD_BY_LOADER},
     ledger::{Block, BlockKey},
     site::Site,
 };
@@ -22,16 +23,22 @@ use tracer_common::{
 use crate::{
     args::{ReportOptions, TraceOptions},
     bpf::{
-        links,
+        links::{self, Measure},
         tracer::{Limits, Tracer, monotonic_ns},
     },
     discover::{module::Search, process::Process},
-    files::{Files, Location},
+    files::Files,
     host::Host,
     report::{Exit, Filters, HostFacts, Report, SCHEMA},
-    summary::{Ages, Figures, Stack, process_report},
-    symbolize::Names,
+    stacks::{Stack, StackCheck},
+    summary::{Ages, Figures, process_report},
+    symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
     target::{End, Target},
+    unwind::{
+        cache::Cache,
+        copies::{Codes, Copy},
+        library::Library,
+    },
 };
 
 /// A tracing session.
@@ -42,12 +49,18 @@ pub struct Session {
     tracer: Tracer,
     events: AsyncFd<RingBuf<MapData>>,
     files: Files,
+    library: Library,
+    tables_finished: Arc<Notify>,
     names: Names,
     targets: Vec<Target>,
     stacks: HashMap<u32, Stack>,
     filters: Filters,
     only: Option<PathBuf>,
-    empty_probes: bool,
+    measure: Option<Measure>,
+    max_depth: usize,
+    codes: Codes,
+    /// Stacks unwound twice, if that is wanted.
+    stack_check: Option<StackCheck>,
     started: SystemTime,
     started_ns: u64,
     /// When recording ended.
@@ -79,6 +92,9 @@ impl Session {
                 max_sites: trace.max_sites,
                 min_size_bytes: trace.min_size,
                 max_size_bytes: trace.max_size,
+                max_depth: trace.max_depth,
+                unwind_bytes: trace.unwind_memory << 20,
+                copy_all_stacks: trace.check_stacks,
             },
             trace.perf_links || !host.trusts_uprobe_multi(),
         )?;
@@ -89,14 +105,17 @@ impl Session {
             symbol_prefix: trace.symbol_prefix.clone(),
             emulation: host.emulation(),
         };
+        let library = Library::new(Cache::open(&trace.cache_dir));
         Ok(Self {
             command,
             host,
             trap_ns: None,
             tracer,
             events,
-            files: Files::new(search),
-            names: Names::new(),
+            files: Files::new(search, DebugFileSearch::new(report.debug_dir.clone())),
+            tables_finished: library.finished(),
+            library,
+            names: Names::new(Wrappers::new(report.wrapper.clone())),
             targets: Vec::new(),
             stacks: HashMap::new(),
             filters: Filters {
@@ -107,7 +126,10 @@ impl Session {
                 symbol_prefix: trace.symbol_prefix.clone(),
             },
             only: trace.object.clone(),
-            empty_probes: trace.empty_probes,
+            measure: trace.measure,
+            max_depth: trace.max_depth as usize,
+            codes: Codes::default(),
+            stack_check: trace.check_stacks.then(StackCheck::default),
             started: SystemTime::now(),
             started_ns: monotonic_ns(),
             stopped_ns: None,
@@ -156,14 +178,53 @@ impl Session {
         Ok(self.targets.len() - 1)
     }
 
-    /// Probes the allocators of a target that are mapped and not yet probed.
+    /// Probes the allocators of a target that are mapped and not yet probed, and has unwind tables
+    /// built for its code.
     pub fn probe(&mut self, index: usize) -> anyhow::Result<usize> {
-        self.targets[index].probe_allocators(
+        let target = &mut self.targets[index];
+        let probes = target.probe_allocators(
             &mut self.tracer,
             &mut self.files,
             self.only.as_ref(),
-            self.empty_probes,
-        )
+            self.measure,
+        )?;
+        self.library.want(&target.space)?;
+        Ok(probes)
+    }
+
+    /// Waits until the unwind tables that are being built are there, and has the kernel side know
+    /// the code of all targets. A target that is armed before would find few callers.
+    ///
+    /// `progress` is called if it takes long.
+    pub fn await_tables(&mut self, progress: impl FnOnce()) {
+        const LONG: Duration = Duration::from_millis(500);
+        const AT_MOST: Duration = Duration::from_secs(30);
+        let kernel = self.tracer.unwind();
+        self.library.wait(kernel, LONG);
+        if self.library.is_building() {
+            progress();
+            self.library.wait(kernel, AT_MOST);
+        }
+        self.publish();
+    }
+
+    /// Has the kernel side know what code the targets have.
+    fn publish(&mut self) {
+        let Self {
+            tracer,
+            library,
+            targets,
+            ..
+        } = self;
+        library.take_finished(tracer.unwind());
+        let mut removed = false;
+        for target in targets.iter_mut() {
+            removed |= target.publish_code(tracer, library);
+        }
+        if removed {
+            let live = targets.iter().filter(|target| target.end.is_none());
+            library.retain(live.map(|target| &target.space), tracer.unwind());
+        }
     }
 
     /// Hooks the target's dynamic loader, see [`Target::hook_loader`].
@@ -171,18 +232,20 @@ impl Session {
         self.targets[index].hook_loader(&mut self.tracer)
     }
 
+    /// No longer stops a target at its dynamic loader's reports, which are still heard.
+    pub fn hold_no_more(&mut self, index: usize) {
+        self.tracer
+            .clear_flag(self.targets[index].instance, HELD_BY_LOADER);
+    }
+
     /// Lets a held process go, without its probes, whatever fails.
     pub fn release(&mut self, index: usize) {
         let Some(target) = self.targets.get_mut(index) else {
             return;
         };
-        self.tracer.clear_flag(target.instance, HELD);
+        self.tracer
+            .clear_flag(target.instance, HELD | HELD_BY_LOADER);
         links::detach(target.disarm(&self.tracer));
-    }
-
-    /// Takes the hook away again.
-    pub fn unhook_loader(&mut self, index: usize) {
-        self.targets[index].unhook_loader();
     }
 
     /// Leaves a target out: takes its probes away and forgets it.
@@ -213,28 +276,31 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until the kernel side has something to say.
+    /// Waits until there is something to [drain](Self::drain).
     pub async fn event(&self) -> anyhow::Result<()> {
-        self.events
-            .readable()
-            .await
-            .context("failed to wait for events")?
-            .clear_ready();
+        tokio::select! {
+            ready = self.events.readable() => {
+                ready.context("failed to wait for events")?.clear_ready();
+            }
+            () = self.tables_finished.notified() => {}
+        }
         Ok(())
     }
 
-    /// Takes in all that the kernel side has said.
+    /// Takes in all that the kernel side has said, and the unwind tables that were finished.
     pub fn drain(&mut self) {
         self.tracer.flush_log();
         let Self {
             events,
             targets,
             files,
+            library,
             stacks,
+            stack_check,
+            max_depth,
+            codes,
             ..
         } = self;
-        // Frames that cannot be located make a look at the maps worth while, once.
-        let mut may_refresh = true;
         while let Some(record) = events.get_mut().next() {
             let Some(header) = header(&record) else {
                 continue;
@@ -247,9 +313,29 @@ impl Session {
             };
             match header.kind {
                 kind if kind == EventKind::Stack as u32 => {
-                    if let Some(stack) = stack(&record, target, files, &mut may_refresh) {
+                    if let Some((addresses, end)) = walk(&record) {
+                        target.look_for(&addresses, files);
+                        let stack = Stack::new(&addresses, end, &mut target.space);
                         stacks.entry(header.detail).or_insert(stack);
+                        if let Some(check) = stack_check {
+                            check.expect(header.detail, addresses, end);
+                        }
                     }
+                }
+                kind if kind == EventKind::StackCopy as u32 => {
+                    if let (Some(stack), Some(sampled)) = (
+                        stacks.get_mut(&header.detail),
+                        Copy::parse(&record).map(|copy| target.unwind(&copy, *max_depth, codes)),
+                    ) {
+                        stack.complete_by(&sampled, &mut target.space);
+                        if let Some(check) = stack_check {
+                            check.compare(header.detail, &sampled);
+                        }
+                    }
+                }
+                kind if kind == EventKind::Mapped as u32 => target.look_at_code(files),
+                kind if kind == EventKind::UnknownCode as u32 => {
+                    target.look_for_unknown_code(files);
                 }
                 kind if kind == EventKind::Exec as u32 => target.ended(End::Replaced),
                 kind if kind == EventKind::Exit as u32 => {
@@ -261,6 +347,12 @@ impl Session {
                 _ => {}
             }
         }
+        for target in targets.iter().filter(|target| target.end.is_none()) {
+            if let Err(error) = library.want(&target.space) {
+                log::info!("PID {}: no unwind tables: {error:#}", target.process.pid);
+            }
+        }
+        self.publish();
     }
 
     /// Takes the probes of ended instances away, and their blocks out of the ledger while others
@@ -426,6 +518,8 @@ impl Session {
                 trap_ns: self.trap_ns,
             },
             missed_events,
+            unwind: self.library.figures(self.tracer.unwind()),
+            stack_check: self.stack_check.clone(),
             untracked_frees,
             processes,
         })
@@ -442,30 +536,15 @@ fn header(record: &[u8]) -> Option<EventHeader> {
     })
 }
 
-/// The stack of an event. Its frames become places in files now, while the process is there.
-fn stack(
-    record: &[u8],
-    target: &mut Target,
-    files: &mut Files,
-    may_refresh: &mut bool,
-) -> Option<Stack> {
+/// Return addresses of a [`tracer_common::event::StackEvent`], and why there are no more.
+fn walk(record: &[u8]) -> Option<(Vec<u64>, StackEnd)> {
     let end = u32::from_ne_bytes(record.get(28..32)?.try_into().ok()?);
-    let addresses: Vec<u64> = record
+    let addresses = record
         .get(STACK_EVENT_PREFIX_BYTES..)?
         .as_chunks()
         .0
         .iter()
         .map(|bytes| u64::from_ne_bytes(*bytes))
         .collect();
-    let is_unknown = |address: &u64| matches!(target.space.locate(*address), Location::Unknown(_));
-    if *may_refresh && addresses.iter().any(is_unknown) && target.end.is_none() {
-        *may_refresh = false;
-        // Mapped since (dlopen). If the process is gone, the frames stay addresses.
-        let _ = target.space.refresh(target.process.pid, files);
-    }
-    let locations = addresses
-        .iter()
-        .map(|address| target.space.locate(*address))
-        .collect();
-    Some(Stack { locations, end })
+    Some((addresses, StackEnd::from_number(end)?))
 }

@@ -1,56 +1,17 @@
 //! From counters and stacks to a process's part of the report. Pure: no kernel, no clock.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::Path};
 
 use sha2::{Digest as _, Sha256};
-use tracer_common::{event::StackEnd, instance::Instance, ledger::Block, site::Site};
+use tracer_common::{instance::Instance, ledger::Block, site::Site};
 
 use crate::{
     files::Location,
-    report::{Exit, Frame, ProcessReport, SiteReport, Totals},
+    report::{Exit, ProcessReport, SiteReport, Totals},
+    stacks::{Stack, StackQuality},
     symbolize::Names,
     target::{End, Target},
 };
-
-/// A site's stack, as places in files.
-#[derive(Debug)]
-pub struct Stack {
-    /// The allocator's caller first.
-    pub locations: Vec<Location>,
-    /// A [`StackEnd`].
-    pub end: u32,
-}
-
-impl Stack {
-    /// The frames that can be believed. Without frame pointers a walk may take any word of the
-    /// stack for a return address; the first that lies in no file's code ends the stack.
-    fn believable(&self) -> &[Location] {
-        let in_file = |location: &&Location| matches!(location, Location::File(..));
-        &self.locations[..self.locations.iter().take_while(in_file).count()]
-    }
-
-    /// Why the stack ends where it does, if that is not the thread's start.
-    fn cut(&self, frames: &[Frame]) -> Option<&'static str> {
-        // glibc's start of a thread keeps no frame pointer to go on from.
-        let reaches_start = frames
-            .last()
-            .and_then(|frame| frame.function.as_deref())
-            .is_some_and(|function| {
-                matches!(
-                    function,
-                    "__libc_start_call_main" | "start_thread" | "_start"
-                )
-            });
-        if self.believable().len() == self.locations.len()
-            && self.end == StackEnd::DepthLimit as u32
-        {
-            return Some("deeper frames were not taken");
-        }
-        let is_cut =
-            self.end == StackEnd::Lost as u32 || self.believable().len() < self.locations.len();
-        (is_cut && !reaches_start).then_some("the code beyond keeps no frame pointers")
-    }
-}
 
 /// Live blocks of a site, from a walk through the ledger.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,14 +61,21 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         peak_live_bytes: target.peak_live_bytes,
         ..Totals::default()
     };
+    let stacks_of_sites = figures
+        .sites
+        .iter()
+        .filter_map(|(id, _)| figures.stacks.get(id));
+    names.look_up(stacks_of_sites.flat_map(Stack::frames));
     // Stacks that differ only beyond what can be believed are one site.
     let mut sites: HashMap<String, SiteReport> = HashMap::new();
+    let mut stacks = StackQuality::default();
     for (id, site) in figures.sites {
+        stacks.add(figures.stacks.get(id), site.allocs);
         totals.allocs += site.allocs;
         totals.frees += site.frees;
         totals.alloc_bytes += site.alloc_bytes;
         totals.freed_bytes += site.freed_bytes;
-        let site = site_report(*id, site, figures, names);
+        let site = site_report(*id, site, figures, &target.process.exe, names);
         match sites.get_mut(&site.id) {
             Some(known) => known.add(&site),
             None => {
@@ -154,17 +122,21 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         // An `exec` by another thread ends the main one too.
         main_thread_exited: target.main_thread_exited && target.end != Some(End::Replaced),
         totals,
+        stacks,
         sites,
     }
 }
 
-fn site_report(id: u32, site: &Site, figures: &Figures<'_>, names: &mut Names) -> SiteReport {
+fn site_report(
+    id: u32,
+    site: &Site,
+    figures: &Figures<'_>,
+    program: &Path,
+    names: &mut Names,
+) -> SiteReport {
     let stack = figures.stacks.get(&id);
-    let locations = stack.map_or(&[][..], Stack::believable);
-    let frames: Vec<Frame> = locations
-        .iter()
-        .flat_map(|location| names.frames(location).to_vec())
-        .collect();
+    let locations = stack.map_or(&[][..], Stack::frames);
+    let frames = names.stack(locations, program);
     let ages = figures.ages.get(&id).copied();
     let (live_blocks, live_bytes) = if figures.older {
         ages.map_or((0, 0), |ages| (ages.old_blocks, ages.old_bytes))
@@ -186,7 +158,8 @@ fn site_report(id: u32, site: &Site, figures: &Figures<'_>, names: &mut Names) -
             .filter(|_| live_blocks > 0)
             .map(|ages| ages.oldest_ns as f64 / 1e9),
         missed_frees: site.missed_frees,
-        stack_cut: stack.and_then(|stack| stack.cut(&frames)),
+        stack_cut: stack.and_then(Stack::cut),
+        stack_sampled: stack.is_some_and(Stack::is_sampled),
         stack: frames,
     }
 }
@@ -195,10 +168,18 @@ fn site_report(id: u32, site: &Site, figures: &Figures<'_>, names: &mut Names) -
 fn stable_id(locations: &[Location]) -> String {
     let mut hash = Sha256::new();
     for location in locations {
-        if let Location::File(file, offset) = location {
-            let name = file.build_id().map_or_else(|| file.name(), str::to_owned);
-            hash.update(name.as_bytes());
-            hash.update(offset.to_le_bytes());
+        match location {
+            Location::File(file, offset) => {
+                let name = file.build_id().map_or_else(|| file.name(), str::to_owned);
+                hash.update(name.as_bytes());
+                hash.update(offset.to_le_bytes());
+            }
+            // Where generated code lies says nothing; its name does.
+            Location::Generated(place) => {
+                hash.update(place.function.as_deref().unwrap_or_default().as_bytes());
+                hash.update([0]);
+            }
+            Location::Unknown(_) => {}
         }
     }
     hash.finalize()

@@ -1,19 +1,34 @@
 //! One traced process instance: its probes, and what it has mapped.
 
-use std::{collections::HashSet, num::NonZeroU32, path::PathBuf};
+use std::{
+    collections::HashSet,
+    num::NonZeroU32,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, bail};
+use tracer_common::unwind;
 
 use crate::{
     bpf::{
-        links::{self, Link, Point, ProbeProgram},
+        links::{Link, Measure, Point, ProbeProgram},
         tracer::{Tracer, monotonic_ns},
     },
     discover::{allocators::Call, module::FileId, process::Process},
-    files::{AddressSpace, Files, Segment, is_named},
+    files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
     report::Exit,
+    unwind::{
+        copies::{Codes, Copy, Unwinder},
+        library::Library,
+        sampled::Sampled,
+    },
 };
+
+/// Between looks at what is mapped that stacks in unknown code ask for.
+const LEAST_WAIT: Duration = Duration::from_millis(20);
+const MOST_WAIT: Duration = Duration::from_secs(5);
 
 /// How an instance ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +61,13 @@ pub struct Target {
     pub peak_live_bytes: u64,
     links: Vec<Link>,
     loader_hook: Vec<Link>,
+    /// For stacks that the kernel side could not finish.
+    unwinder: Option<Unwinder>,
+    /// What the kernel side knows of the code.
+    published: Vec<unwind::Segment>,
+    /// When to look for code that was not known, and how long to wait until the time after.
+    next_look: Instant,
+    wait_for_look: Duration,
     probed: HashSet<FileId>,
     probes: usize,
 }
@@ -64,9 +86,82 @@ impl Target {
             peak_live_bytes: 0,
             links: Vec::new(),
             loader_hook: Vec::new(),
+            unwinder: None,
+            published: Vec::new(),
+            next_look: Instant::now(),
+            wait_for_look: LEAST_WAIT,
             probed: HashSet::new(),
             probes: 0,
         })
+    }
+
+    /// Looks at what is mapped now. If the process is gone, what was known stays.
+    pub fn look_at_code(&mut self, files: &mut Files) {
+        self.changed_code(files);
+    }
+
+    fn changed_code(&mut self, files: &mut Files) -> bool {
+        if self.end.is_some() {
+            return false;
+        }
+        match self.space.refresh(self.process.pid, files) {
+            Ok(changed) => changed,
+            Err(error) => {
+                log::info!("{error:#}");
+                false
+            }
+        }
+    }
+
+    /// Looks at what is mapped now, as a stack led to code that is not known. If it led nowhere, the
+    /// next look is put off.
+    pub fn look_for_unknown_code(&mut self, files: &mut Files) {
+        let now = Instant::now();
+        if now < self.next_look {
+            return;
+        }
+        self.wait_for_look = match self.changed_code(files) {
+            true => LEAST_WAIT,
+            false => (self.wait_for_look * 2).min(MOST_WAIT),
+        };
+        self.next_look = now + self.wait_for_look;
+    }
+
+    /// Looks at what is mapped now if a stack leads to code that is not known.
+    pub fn look_for(&mut self, addresses: &[u64], files: &mut Files) {
+        if !addresses.iter().all(|address| self.space.covers(*address)) {
+            self.look_for_unknown_code(files);
+        }
+    }
+
+    /// Unwinds a stack that was copied, to at most `max_frames`.
+    pub fn unwind(&mut self, copy: &Copy<'_>, max_frames: usize, codes: &mut Codes) -> Sampled {
+        let unwinder = Unwinder::of(self.unwinder.take(), &self.space, codes);
+        let sampled = unwinder.unwind(copy, max_frames);
+        self.unwinder = Some(unwinder);
+        sampled
+    }
+
+    /// Has the kernel side know what code is mapped and by which tables it is unwound. Gives whether
+    /// it knew of other code before.
+    pub fn publish_code(&mut self, tracer: &mut Tracer, library: &Library) -> bool {
+        let segments = match self.end {
+            None => library.segments(&self.space),
+            Some(_) => Vec::new(),
+        };
+        if segments == self.published {
+            return false;
+        }
+        if !tracer.publish(self.instance, &segments) {
+            log::info!(
+                "PID {}: no room for its {} pieces of code",
+                self.process.pid,
+                segments.len()
+            );
+            return false;
+        }
+        let replaced = std::mem::replace(&mut self.published, segments);
+        !replaced.is_empty()
     }
 
     fn pid(&self) -> anyhow::Result<NonZeroU32> {
@@ -74,34 +169,44 @@ impl Target {
     }
 
     /// Probes every allocator that is mapped and not yet probed; with `only`, just those in files
-    /// of that name, and with `empty_probes` by programs that do nothing. Gives how many functions
-    /// are probed in all.
+    /// of that name, and with `measure` by programs that only do that. Gives how many functions are
+    /// probed in all.
     pub fn probe_allocators(
         &mut self,
         tracer: &mut Tracer,
         files: &mut Files,
         only: Option<&PathBuf>,
-        empty_probes: bool,
+        measure: Option<Measure>,
     ) -> anyhow::Result<usize> {
         loop {
-            let new = self.space.refresh(self.process.pid, files)?;
-            if new.is_empty() {
-                return Ok(self.probes);
+            let probed = self.probed.len();
+            self.space.refresh(self.process.pid, files)?;
+            for segment in self.space.segments().to_vec() {
+                if let Some(file) = &segment.file
+                    && segment.is_mapped
+                    && only.is_none_or(|only| is_named(&file.path, only))
+                {
+                    self.probe(tracer, &segment, file, measure)?;
+                }
             }
             // What was mapped while these were attached is found the next time round.
-            for segment in new {
-                if only.is_none_or(|only| is_named(&segment.file.path, only)) {
-                    self.probe(tracer, &segment, empty_probes)?;
-                }
+            if self.probed.len() == probed {
+                return Ok(self.probes);
             }
         }
     }
 
-    fn probe(&mut self, tracer: &mut Tracer, segment: &Segment, empty: bool) -> anyhow::Result<()> {
-        let Ok(module) = &segment.file.module else {
+    fn probe(
+        &mut self,
+        tracer: &mut Tracer,
+        segment: &Segment,
+        file: &KnownFile,
+        measure: Option<Measure>,
+    ) -> anyhow::Result<()> {
+        let (Ok(module), Some(part)) = (&file.module, segment.mapping.file()) else {
             return Ok(());
         };
-        if !module.has_allocator() || !self.probed.insert(segment.mapping.file) {
+        if !module.has_allocator() || !self.probed.insert(part.file) {
             return Ok(());
         }
         let pid = self.pid()?;
@@ -127,11 +232,7 @@ impl Target {
             ),
             (ProbeProgram::JumpEnter, &points(|call| call == Call::Jump)),
         ] {
-            let program = if empty {
-                program.doing_nothing()
-            } else {
-                program
-            };
+            let program = measure.map_or(program, |measure| program.measuring(measure));
             self.links
                 .extend(tracer.attach(program, &path, points, pid)?);
         }
@@ -139,7 +240,7 @@ impl Target {
         log::info!(
             "PID {pid}: probing {} functions of {}",
             module.allocator_functions(),
-            segment.file.path.display()
+            file.path.display()
         );
         Ok(())
     }
@@ -156,12 +257,12 @@ impl Target {
         self.probes
     }
 
-    /// Has the process stop whenever its dynamic loader reports that libraries were mapped. False
-    /// if no loader is mapped.
+    /// Has the process's dynamic loader tell whenever it mapped or unmapped libraries. False if no
+    /// loader is mapped.
     pub fn hook_loader(&mut self, tracer: &mut Tracer) -> anyhow::Result<bool> {
         let pid = self.pid()?;
         for segment in self.space.segments() {
-            let Ok(module) = &segment.file.module else {
+            let Some(Ok(module)) = segment.file.as_ref().map(|file| &file.module) else {
                 continue;
             };
             let Some(file_offset) = module.loader_report else {
@@ -176,11 +277,6 @@ impl Target {
             return Ok(true);
         }
         Ok(false)
-    }
-
-    /// Takes the loader's hook away.
-    pub fn unhook_loader(&mut self) {
-        links::detach(std::mem::take(&mut self.loader_hook));
     }
 
     /// Fails, saying why, if the process has no allocator that can be probed.
@@ -199,7 +295,8 @@ impl Target {
         }
         let modules = || {
             self.space.segments().iter().filter_map(|segment| {
-                Some((&segment.file.path, segment.file.module.as_ref().ok()?))
+                let file = segment.file.as_ref()?;
+                Some((&file.path, file.module.as_ref().ok()?))
             })
         };
         let program = modules().find(|(path, _)| **path == self.process.exe);

@@ -33,10 +33,25 @@ pub enum ProbeProgram {
     NothingEnter,
     /// At a return, doing nothing.
     NothingExit,
+    /// At a return, walking the stack and nothing else: to measure what that costs.
+    WalkExit,
+    /// At a return, having the kernel walk the stack by frame pointers.
+    KernelWalkExit,
+}
+
+/// What is measured by programs that stand in for those that record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Measure {
+    /// The probes alone.
+    Nothing,
+    /// The walk of the stack.
+    Walk,
+    /// The kernel's own walk of the stack, by frame pointers.
+    KernelWalk,
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::AllocEnter,
         Self::AllocExit,
         Self::FreeEnter,
@@ -44,6 +59,8 @@ impl ProbeProgram {
         Self::LoaderReport,
         Self::NothingEnter,
         Self::NothingExit,
+        Self::WalkExit,
+        Self::KernelWalkExit,
     ];
 
     /// Name in the BPF object.
@@ -57,21 +74,27 @@ impl ProbeProgram {
             Self::LoaderReport => "loader_report",
             Self::NothingEnter => "nothing_enter",
             Self::NothingExit => "nothing_exit",
+            Self::WalkExit => "walk_exit",
+            Self::KernelWalkExit => "kernel_walk_exit",
         }
     }
 
-    /// The program that stands in for this one when only the probes' own cost is wanted.
+    /// The program that stands in for this one when only that is to be measured.
     #[must_use]
-    pub const fn doing_nothing(self) -> Self {
-        if self.is_return() {
-            Self::NothingExit
-        } else {
-            Self::NothingEnter
+    pub const fn measuring(self, measure: Measure) -> Self {
+        match (self.is_return(), measure) {
+            (false, _) => Self::NothingEnter,
+            (true, Measure::Nothing) => Self::NothingExit,
+            (true, Measure::Walk) => Self::WalkExit,
+            (true, Measure::KernelWalk) => Self::KernelWalkExit,
         }
     }
 
     const fn is_return(self) -> bool {
-        matches!(self, Self::AllocExit | Self::NothingExit)
+        matches!(
+            self,
+            Self::AllocExit | Self::NothingExit | Self::WalkExit | Self::KernelWalkExit
+        )
     }
 }
 

@@ -57,6 +57,12 @@ impl<T: Pod> MappedArray<T> {
         })
     }
 
+    /// How many elements are mapped.
+    #[must_use]
+    pub const fn elements(&self) -> usize {
+        self.elements
+    }
+
     fn element(&self, index: usize) -> *mut T {
         assert!(
             index < self.elements,

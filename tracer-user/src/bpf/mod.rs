@@ -4,5 +4,6 @@ pub mod kernel_types;
 pub mod links;
 pub mod maps;
 mod sys;
+pub mod tables;
 pub mod tracer;
 pub mod uprobe_multi;

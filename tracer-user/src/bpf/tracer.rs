@@ -4,7 +4,7 @@ use std::{
     num::NonZeroU32,
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::Path,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use anyhow::{Context as _, anyhow, bail};
@@ -20,12 +20,14 @@ use tracer_common::{
     ledger::{Block, BlockKey},
     missed::Missed,
     site::Site,
+    unwind::Segment,
 };
 
 use super::{
     kernel_types,
     links::{Attacher, Link, Point, ProbeProgram},
     maps::{MappedArray, for_each},
+    tables::{CHUNK_BYTES, UnwindMaps},
 };
 
 /// The compiled BPF programs, for the architecture of this build.
@@ -48,9 +50,26 @@ pub struct Limits {
     pub min_size_bytes: u64,
     /// Larger blocks are not recorded.
     pub max_size_bytes: u64,
+    /// Frames taken of a stack.
+    pub max_depth: u32,
+    /// Kernel memory for unwind tables, in bytes.
+    pub unwind_bytes: u64,
+    /// Whether the memory of complete stacks is copied too, so that they can be checked.
+    pub copy_all_stacks: bool,
 }
 
 impl Limits {
+    /// Little of everything: for measuring, not for recording.
+    pub const LEAST: Self = Self {
+        max_live_blocks: 1024,
+        max_sites: 64,
+        min_size_bytes: 0,
+        max_size_bytes: u64::MAX,
+        max_depth: 1,
+        unwind_bytes: CHUNK_BYTES,
+        copy_all_stacks: false,
+    };
+
     /// Kernel memory that the ledger and the site table take, in bytes.
     #[must_use]
     pub const fn kernel_bytes(&self) -> u64 {
@@ -58,6 +77,15 @@ impl Limits {
         const LEDGER_ENTRY_BYTES: u64 = 104;
         self.max_live_blocks as u64 * LEDGER_ENTRY_BYTES
             + self.max_sites as u64 * size_of::<Site>() as u64
+            + self.unwind_bytes
+            + SEGMENTS as u64 * size_of::<Segment>() as u64
+    }
+
+    /// Chunks of unwind tables that there is room for.
+    fn table_chunks(&self) -> u32 {
+        u32::try_from(self.unwind_bytes / CHUNK_BYTES)
+            .unwrap_or(u32::MAX)
+            .max(1)
     }
 
     /// Memory that a session takes in all, in bytes.
@@ -66,6 +94,9 @@ impl Limits {
     }
 }
 
+/// Pieces of code that all processes of a session can have.
+const SEGMENTS: u32 = 1 << 16;
+
 /// Memory that unfreed takes beside its maps: reading the kernel's BTF is the most of it.
 const OWN_BYTES: u64 = 48 << 20;
 
@@ -73,6 +104,7 @@ const OWN_BYTES: u64 = 48 << 20;
 pub struct Tracer {
     ebpf: Ebpf,
     attacher: Attacher,
+    unwind: UnwindMaps,
     instances: MappedArray<Instance>,
     next_instance: u32,
     sites: MappedArray<Site>,
@@ -94,6 +126,8 @@ impl Tracer {
             min_size_bytes: limits.min_size_bytes,
             max_size_bytes: limits.max_size_bytes,
             max_sites: limits.max_sites,
+            max_depth: limits.max_depth,
+            copy_all_stacks: u32::from(limits.copy_all_stacks),
             ..Config::default()
         };
         kernel_types::offsets(&mut config)?;
@@ -109,6 +143,8 @@ impl Tracer {
             .map_max_entries("LEDGER", limits.max_live_blocks)
             .map_max_entries("SITES", limits.max_sites)
             .map_max_entries("SITE_IDS", limits.max_sites)
+            .map_max_entries("TABLES", limits.table_chunks())
+            .map_max_entries("SEGMENTS", SEGMENTS)
             .load(OBJECT)
             .map_err(|error| explain(error, &limits))?;
         for name in RAW_TRACEPOINTS {
@@ -133,9 +169,14 @@ impl Tracer {
             .context("failed to map the instances")?;
         let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
             .context("failed to map the sites")?;
+        let tables = MappedArray::new(data(&ebpf, "TABLES")?, limits.table_chunks() as usize)
+            .context("failed to map the unwind tables")?;
+        let segments = MappedArray::new(data(&ebpf, "SEGMENTS")?, SEGMENTS as usize)
+            .context("failed to map the code segments")?;
         Ok(Self {
             ebpf,
             attacher,
+            unwind: UnwindMaps::new(tables, segments)?,
             instances,
             next_instance: 0,
             sites,
@@ -266,6 +307,24 @@ impl Tracer {
     #[must_use]
     pub fn instance(&self, instance: u32) -> Instance {
         self.instances.read(instance as usize)
+    }
+
+    /// The unwind tables.
+    pub const fn unwind(&mut self) -> &mut UnwindMaps {
+        &mut self.unwind
+    }
+
+    /// Replaces the code segments of an instance. False, and nothing changes, if there is no room.
+    pub fn publish(&mut self, instance: u32, segments: &[Segment]) -> bool {
+        let Some(placed) = self.unwind.place(segments) else {
+            return false;
+        };
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: as in `flags`.
+        let current = unsafe { AtomicU64::from_ptr(&raw mut (*state).segments) };
+        let replaced = current.swap(placed, Ordering::SeqCst);
+        self.unwind.displace(replaced);
+        true
     }
 
     /// Takes back one stop that the programs asked for. False if there is none: then somebody else
@@ -403,9 +462,9 @@ fn explain(error: EbpfError, limits: &Limits) -> anyhow::Error {
 
 fn no_memory(limits: &Limits) -> anyhow::Error {
     anyhow!(
-        "no memory for the BPF maps: with the ledger and the site table unfreed needs about {} MiB, \
-         more than this host or its memory cgroup allows (lower --max-live or --max-sites, or run \
-         unfreed in a larger cgroup)",
+        "no memory for the BPF maps: with the ledger, the site table and the unwind tables unfreed needs about {} MiB, \
+         more than this host or its memory cgroup allows (lower --max-live, \
+         --max-sites or --unwind-memory, or run unfreed in a larger cgroup)",
         limits.total_bytes() >> 20
     )
 }

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use super::{block_on, say};
+use super::{block_on, reading_tables, say};
 use crate::{
     args::{Attach, Format, ReportOptions, TraceOptions},
     calibrate,
@@ -87,6 +87,7 @@ pub(super) async fn trace(
         }
     }
     anyhow::ensure!(!session.targets().is_empty(), "no process is left to trace");
+    session.await_tables(reading_tables);
     for index in 0..session.targets().len() {
         session.arm(index);
     }
@@ -123,7 +124,8 @@ fn begin(session: &mut Session, process: Process, force: bool) -> anyhow::Result
     let probed = session
         .probe(index)
         .and_then(|_| session.expect_probes(index))
-        .and_then(|()| session.expect_same_process(index));
+        .and_then(|()| session.hook_loader(index))
+        .and_then(|_| session.expect_same_process(index));
     if probed.is_err() {
         session.give_up(index);
     }

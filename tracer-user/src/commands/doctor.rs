@@ -25,6 +25,7 @@ use crate::{
     },
     host::{Host, Problem},
     preflight::{self, Danger, Severity},
+    terminal::Harmless,
 };
 
 /// Runs the command. Ends with 0 if all that was asked for can be traced, else with 1.
@@ -246,13 +247,7 @@ impl Report {
 impl HostReport {
     /// Loads the programs and measures what a probe costs.
     fn try_out(&mut self) -> anyhow::Result<()> {
-        let limits = Limits {
-            max_live_blocks: 1024,
-            max_sites: 64,
-            min_size_bytes: 0,
-            max_size_bytes: u64::MAX,
-        };
-        let mut tracer = Tracer::load(limits, false)?;
+        let mut tracer = Tracer::load(Limits::LEAST, false)?;
         self.links = Some(tracer.attacher().name());
         self.probe_cost = Some(calibrate::measure(&mut tracer)?);
         Ok(())
@@ -286,18 +281,21 @@ impl Patient {
             .into_iter()
             .filter(|mapping| mapping.executable)
         {
-            if !seen.insert(mapping.file) {
+            let Some(part) = mapping.file() else {
+                continue;
+            };
+            if !seen.insert(part.file) {
                 continue;
             }
             match Module::read(&mapping.map_file(pid), &search) {
                 Ok(module) => {
-                    if mapping.path == process.exe {
+                    if part.path == process.exe {
                         program = Some(modules.len());
                     }
-                    modules.push((mapping.path, module));
+                    modules.push((part.path.clone(), module));
                 }
                 Err(error) => patient.unreadable_files.push(Unreadable {
-                    path: mapping.path,
+                    path: part.path.clone(),
                     reason: error.root_cause().to_string(),
                 }),
             }
@@ -381,7 +379,7 @@ fn functions(module: &Module, cost: Option<ProbeCost>) -> Vec<FunctionReport> {
 
 fn write(report: &Report, format: Format, out: &mut dyn Write) -> io::Result<()> {
     match format {
-        Format::Text => text::write(report, out),
+        Format::Text => text::write(report, &mut Harmless(out)),
         Format::Json => {
             serde_json::to_writer_pretty(&mut *out, report)?;
             writeln!(out)

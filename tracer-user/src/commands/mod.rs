@@ -9,7 +9,11 @@ use std::{fmt::Display, io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 
-use crate::args::{Args, Command, RUN_FAILED};
+use crate::{
+    args::{Args, Command, RUN_FAILED},
+    symbolize::helper,
+    terminal::Harmless,
+};
 
 /// Does what the command line says. Failures are told on standard error, in one line.
 #[must_use]
@@ -19,6 +23,7 @@ pub fn dispatch(args: &Args) -> ExitCode {
         Command::Attach(args) => (attach::attach(args), 1),
         Command::Doctor(args) => (doctor::doctor(args), 1),
         Command::Demo(args) => (demo::demo(args), 1),
+        Command::Symbolizer => (symbolizer(), 1),
         Command::DemoServer => (demo::server(), 1),
     };
     result.unwrap_or_else(|error| {
@@ -27,10 +32,21 @@ pub fn dispatch(args: &Args) -> ExitCode {
     })
 }
 
+/// Reads symbols for the unfreed that started us.
+fn symbolizer() -> anyhow::Result<ExitCode> {
+    helper::serve_standard_input().context("failed to read symbols for unfreed")?;
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Tells the user something, on standard error: standard output is for reports.
 fn say(message: impl Display) {
     // Nobody listens any more: nothing to be done.
-    let _ = writeln!(std::io::stderr(), "{message}");
+    let _ = writeln!(Harmless(std::io::stderr()), "{message}");
+}
+
+/// Says what takes so long before a session can begin.
+fn reading_tables() {
+    say("reading the unwind tables of large files…");
 }
 
 /// Runs a session's future; everything happens on this one thread.

@@ -23,9 +23,9 @@ use nix::{
     },
     unistd::{ForkResult, Pid, execvp, fork, getpgid, getpgrp, pipe2},
 };
-use tracer_common::instance::HELD;
+use tracer_common::instance::{HELD, HELD_BY_LOADER};
 
-use super::{block_on, say};
+use super::{block_on, reading_tables, say};
 use crate::{
     args::Run,
     discover::process::Process,
@@ -51,6 +51,9 @@ pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
         Outcome::Ended(status) => Ok(ExitCode::from(status)),
     }
 }
+
+/// When the program is stopped.
+const STOPS: u32 = HELD | HELD_BY_LOADER;
 
 enum Outcome {
     /// `exec` failed.
@@ -82,7 +85,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     };
     held.current = held
         .session
-        .open(Process::before_exec(held.raw_pid()), HELD)?;
+        .open(Process::before_exec(held.raw_pid()), STOPS)?;
     if let Some(errno) = child.release()? {
         let _ = waitpid(held.child, None);
         return Ok(Outcome::NotExecuted(errno));
@@ -307,9 +310,10 @@ impl Held<'_> {
             // The child before its program, or a program without an allocator.
             self.session.give_up(self.current);
         }
-        self.current = self.session.open(process, HELD)?;
+        self.current = self.session.open(process, STOPS)?;
         // A static program, or a loader that is the C library itself, has its allocator now.
         if self.session.probe(self.current)? > 0 {
+            self.session.await_tables(reading_tables);
             self.session.arm(self.current);
         }
         self.session.hook_loader(self.current)?;
@@ -321,10 +325,11 @@ impl Held<'_> {
     fn mapped(&mut self) -> anyhow::Result<()> {
         self.reports += 1;
         if self.session.probe(self.current)? > 0 {
+            self.session.await_tables(reading_tables);
             self.session.arm(self.current);
             // glibc's loader reports before it maps anything, and when all is mapped.
             if self.reports >= 2 {
-                self.session.unhook_loader(self.current);
+                self.session.hold_no_more(self.current);
             }
         }
         Ok(())

@@ -17,9 +17,14 @@ pub(crate) struct BoundedFile {
 
 impl BoundedFile {
     pub(crate) fn new(file: File) -> Self {
+        Self::with_budget(file, BUDGET_BYTES)
+    }
+
+    /// With another limit than the usual.
+    pub(crate) fn with_budget(file: File, bytes: u64) -> Self {
         Self {
             cache: ReadCache::new(file),
-            left: Cell::new(BUDGET_BYTES),
+            left: Cell::new(bytes),
         }
     }
 

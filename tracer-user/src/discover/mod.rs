@@ -2,5 +2,7 @@
 
 pub mod allocators;
 pub(crate) mod bounded;
+pub mod maps;
 pub mod module;
 pub mod process;
+pub mod root;

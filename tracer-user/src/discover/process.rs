@@ -1,11 +1,12 @@
 //! A process as the user names it, and whether it can be traced at all.
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, bail};
-use procfs::process::{MMPermissions, MMapPath, Process as ProcProcess, Stat};
+use procfs::process::{Process as ProcProcess, Stat};
 
-use super::module::FileId;
+use super::maps::{self, Mapping, without_deleted_mark};
+use crate::terminal::harmless;
 
 /// A process that exists and has memory of its own.
 #[derive(Clone, Debug)]
@@ -18,23 +19,6 @@ pub struct Process {
     pub comm: String,
     /// When it began, in clock ticks since boot: tells it from another with the same PID.
     start_ticks: u64,
-}
-
-/// A file-backed piece of a process's address space.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// First address.
-    pub start: u64,
-    /// Address after the last.
-    pub end: u64,
-    /// Offset in the file of the first byte.
-    pub file_offset: u64,
-    /// Whether it is code.
-    pub executable: bool,
-    /// The file.
-    pub file: FileId,
-    /// Its path, as the process sees it, without the kernel's mark for deleted files.
-    pub path: PathBuf,
 }
 
 impl Process {
@@ -51,9 +35,11 @@ impl Process {
     /// As [`Process::inspect`], but our own program is as good as any other.
     pub fn look(pid: u32) -> anyhow::Result<Self> {
         let process = open(pid)?;
-        let stat = process
+        let mut stat = process
             .stat()
             .with_context(|| format!("failed to read PID {pid}"))?;
+        // A process names itself, and this goes into many messages.
+        stat.comm = harmless(&stat.comm).into_owned();
         if process.status().is_ok_and(|status| status.tgid != stat.pid) {
             bail!("{pid} is a thread, not a process: give the PID of its process");
         }
@@ -85,7 +71,7 @@ impl Process {
         })?;
         Ok(Self {
             pid,
-            exe: without_deleted_mark(exe),
+            exe: without_deleted_mark(&exe),
             comm: stat.comm,
             start_ticks: stat.starttime,
         })
@@ -117,43 +103,12 @@ impl Process {
         }
     }
 
-    /// The files that the process has mapped now.
+    /// What the process has mapped now.
     pub fn mappings(pid: u32) -> anyhow::Result<Vec<Mapping>> {
-        let maps = open(pid)?
-            .maps()
-            .map_err(|error| anyhow::anyhow!("failed to read the maps of PID {pid}: {error}"))?;
-        Ok(maps
-            .into_iter()
-            .filter(|map| map.inode != 0)
-            .filter_map(|map| {
-                let MMapPath::Path(path) = map.pathname else {
-                    return None;
-                };
-                Some(Mapping {
-                    start: map.address.0,
-                    end: map.address.1,
-                    file_offset: map.offset,
-                    executable: map.perms.contains(MMPermissions::EXECUTE),
-                    file: FileId {
-                        device: map.dev,
-                        inode: map.inode,
-                    },
-                    path: without_deleted_mark(path),
-                })
-            })
-            .collect())
-    }
-}
-
-impl Mapping {
-    /// The kernel's name for exactly this mapped file, whatever has happened to its path since and
-    /// whichever mount namespace it is in.
-    #[must_use]
-    pub fn map_file(&self, pid: u32) -> PathBuf {
-        PathBuf::from(format!(
-            "/proc/{pid}/map_files/{:x}-{:x}",
-            self.start, self.end
-        ))
+        maps::read(pid).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => anyhow::anyhow!(no_such(pid)),
+            _ => anyhow::anyhow!("failed to read the maps of PID {pid}: {error}"),
+        })
     }
 }
 
@@ -166,11 +121,14 @@ fn is_over(stat: &Stat) -> bool {
     is_zombie(stat) && stat.num_threads <= 1
 }
 
+fn no_such(pid: u32) -> String {
+    format!("there is no process with PID {pid}")
+}
+
 fn open(pid: u32) -> anyhow::Result<ProcProcess> {
-    let no_such = || format!("there is no process with PID {pid}");
-    let id = i32::try_from(pid).with_context(no_such)?;
+    let id = i32::try_from(pid).with_context(|| no_such(pid))?;
     ProcProcess::new(id).map_err(|error| match error {
-        procfs::ProcError::NotFound(_) => anyhow::anyhow!(no_such()),
+        procfs::ProcError::NotFound(_) => anyhow::anyhow!(no_such(pid)),
         procfs::ProcError::PermissionDenied(_) => {
             anyhow::anyhow!("not permitted to look at PID {pid}: run unfreed as root")
         }
@@ -188,17 +146,6 @@ fn is_unfreed(pid: u32) -> bool {
     };
     let theirs = identity(format!("/proc/{pid}/exe"));
     theirs.is_some() && theirs == identity("/proc/self/exe".to_owned())
-}
-
-/// A path without the kernel's " (deleted)".
-fn without_deleted_mark(path: PathBuf) -> PathBuf {
-    match path
-        .to_str()
-        .and_then(|path| path.strip_suffix(" (deleted)"))
-    {
-        Some(path) => PathBuf::from(path),
-        None => path,
-    }
 }
 
 #[cfg(test)]
@@ -220,15 +167,5 @@ mod tests {
     #[test]
     fn we_are_refused() {
         assert!(Process::inspect(std::process::id()).is_err());
-    }
-
-    #[test]
-    fn our_own_mappings_contain_our_program() {
-        let exe = std::env::current_exe().unwrap();
-        let mappings = Process::mappings(std::process::id()).unwrap();
-        let code = mappings
-            .iter()
-            .find(|mapping| mapping.executable && mapping.path == exe);
-        assert!(code.is_some_and(|code| code.map_file(std::process::id()).exists()));
     }
 }

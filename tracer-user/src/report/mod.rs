@@ -3,6 +3,7 @@
 //! Every form is a pure function of [`Report`]. The value's serialization is the JSON report, whose
 //! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
 
+mod stack;
 mod text;
 mod units;
 
@@ -16,7 +17,11 @@ use std::{
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::args::{Format, ReportOptions};
+use crate::{
+    args::{Format, ReportOptions},
+    stacks::{StackCheck, StackQuality},
+    terminal::Harmless,
+};
 
 /// Version of the JSON form.
 pub const SCHEMA: &str = "unfreed.report/1";
@@ -42,6 +47,11 @@ pub struct Report {
     pub host: HostFacts,
     /// What was not seen, by counter.
     pub missed_events: BTreeMap<&'static str, u64>,
+    /// What stacks were unwound by.
+    pub unwind: UnwindTables,
+    /// Whether stacks that were unwound twice are the same, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stack_check: Option<StackCheck>,
     /// Frees of blocks that the ledger never had.
     pub untracked_frees: u64,
     /// One entry a process instance.
@@ -86,6 +96,21 @@ pub struct HostFacts {
     pub trap_ns: Option<u32>,
 }
 
+/// The unwind tables of a session, when they were most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct UnwindTables {
+    /// Files with tables.
+    pub files: u64,
+    /// Rows of all tables.
+    pub rows: u64,
+    /// Kernel memory that they take, in bytes.
+    pub bytes: u64,
+    /// The longest that it took until all tables that were wanted were there, in seconds.
+    pub longest_build_s: f64,
+    /// Files whose tables found no room (`--unwind-memory`): their code is walked by frame pointers.
+    pub files_without_room: u64,
+}
+
 /// One process instance.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ProcessReport {
@@ -112,6 +137,8 @@ pub struct ProcessReport {
     pub main_thread_exited: bool,
     /// Over all sites.
     pub totals: Totals,
+    /// How far up their stacks go.
+    pub stacks: StackQuality,
     /// By how much they matter: bytes not freed.
     pub sites: Vec<SiteReport>,
 }
@@ -190,6 +217,9 @@ pub struct SiteReport {
     /// Whether the stack ends before the thread's start, and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stack_cut: Option<&'static str>,
+    /// Whether its outer frames are those of one call only, and others may have come another way.
+    #[serde(skip_serializing_if = "is_false")]
+    pub stack_sampled: bool,
 }
 
 #[expect(
@@ -198,6 +228,14 @@ pub struct SiteReport {
 )]
 fn is_zero(number: &u64) -> bool {
     *number == 0
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over a reference"
+)]
+const fn is_false(flag: &bool) -> bool {
+    !*flag
 }
 
 impl SiteReport {
@@ -230,10 +268,16 @@ pub struct Frame {
     pub module: Option<String>,
     /// GNU build ID of it.
     pub build_id: Option<String>,
-    /// Offset of the return address in the file.
+    /// Offset of the return address in the file; in generated code, in its mapping.
     pub offset: Option<u64>,
     /// Whether the function was inlined into the next frame's.
     pub inlined: bool,
+    /// Whether it is an allocation wrapper, as are all frames before it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub wrapper: bool,
+    /// Whether it is the first frame of the program's own code.
+    #[serde(skip_serializing_if = "is_false")]
+    pub own: bool,
     /// The return address, where it belongs to no file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<u64>,
@@ -259,7 +303,7 @@ impl Report {
     fn write(&self, options: &ReportOptions, to: &mut dyn Write) -> io::Result<()> {
         let mut to = io::BufWriter::new(to);
         match options.format {
-            Format::Text => text::write(self, options.limit, &mut to)?,
+            Format::Text => text::write(self, options.limit, &mut Harmless(&mut to))?,
             Format::Json => {
                 serde_json::to_writer_pretty(&mut to, self)?;
                 writeln!(to)?;
@@ -270,7 +314,7 @@ impl Report {
 
     /// One table of the sites that hold most now, for a session that goes on.
     pub fn write_interim(&self, limit: usize, to: &mut dyn Write) -> io::Result<()> {
-        text::write_interim(self, limit, to)
+        text::write_interim(self, limit, &mut Harmless(to))
     }
 }
 

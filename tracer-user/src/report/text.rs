@@ -5,9 +5,14 @@ use std::io::{self, Write};
 use tracer_common::missed::Missed;
 
 use super::{
-    Exit, Frame, ProcessReport, Report, SiteReport,
+    Exit, ProcessReport, Report, SiteReport,
+    stack::{View, callers, name, place},
     units::{bytes, count, counted, duration},
 };
+use crate::{stacks::StackQuality, terminal::harmless};
+
+/// Before the first frame of the program's own code.
+const OWN: char = '→';
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -28,8 +33,8 @@ fn write_process(
         to,
         "PID {} {} ({}) traced for {}{}",
         process.pid,
-        process.comm,
-        process.exe,
+        harmless(&process.comm),
+        harmless(&process.exe),
         duration(process.duration_s),
         ending(process)
     )?;
@@ -115,9 +120,16 @@ fn write_process(
             "Where the blocks were allocated that were not freed, most bytes first:"
         )?,
     }
+    let shown = || holding.iter().take(limit);
+    if shown().any(|site| site.stack.iter().any(|frame| frame.own)) {
+        writeln!(
+            to,
+            "({OWN} marks where the program's own code begins, seen from the allocator.)"
+        )?;
+    }
     writeln!(to)?;
     let digits = holding.len().min(limit).to_string().len();
-    for (rank, site) in holding.iter().take(limit).enumerate() {
+    for (rank, site) in shown().enumerate() {
         write_site(report, (rank + 1, digits), site, to)?;
     }
     if holding.len() > limit {
@@ -182,27 +194,33 @@ fn write_site(
         count(site.allocs),
         count(site.frees),
     )?;
-    let shown = without_rust_runtime(&site.stack);
-    let width = shown
+    let view = View::of(&site.stack);
+    if let Some(through) = view.through {
+        writeln!(to, "       (through {through})")?;
+    }
+    let width = view
+        .frames
         .iter()
         .map(|frame| name(frame).chars().count())
         .max()
         .unwrap_or(0)
         .min(44);
-    for frame in shown {
-        let name = name(frame);
-        let place = place(frame);
-        writeln!(
-            to,
-            "{}",
-            format!("       {name:<width$}  {place}").trim_end()
-        )?;
+    for frame in view.frames {
+        let mark = if frame.own { OWN } else { ' ' };
+        let line = format!("     {mark} {:<width$}  {}", name(frame), place(frame));
+        writeln!(to, "{}", line.trim_end())?;
     }
     if site.stack.is_empty() {
         writeln!(to, "       (stacks that found no room in the site table)")?;
     }
     if let Some(cut) = site.stack_cut {
         writeln!(to, "       … ({cut})")?;
+    }
+    if site.stack_sampled {
+        writeln!(
+            to,
+            "       (outer frames are those of one such call; others may have come another way)"
+        )?;
     }
     if site.missed_frees > 0 {
         writeln!(
@@ -212,54 +230,6 @@ fn write_site(
         )?;
     }
     writeln!(to)
-}
-
-/// The stack without what is the same in every Rust program: the allocator's own functions, inlined
-/// before the one that asked it, and the runtime's below the marker that Rust's short backtraces
-/// end at.
-fn without_rust_runtime(stack: &[Frame]) -> &[Frame] {
-    let function = |frame: &Frame| frame.function.clone().unwrap_or_default();
-    let is_allocator = |frame: &&Frame| {
-        frame.inlined
-            && ["alloc::", "<alloc::", "<T as alloc::"]
-                .iter()
-                .any(|of| function(frame).starts_with(of))
-    };
-    let start = stack.iter().take_while(is_allocator).count();
-    let is_runtime = |frame: &Frame| function(frame).contains("__rust_begin_short_backtrace");
-    let mut end = stack.iter().position(is_runtime).unwrap_or(stack.len());
-    while end > start && function(&stack[end - 1]).starts_with("core::ops::function::") {
-        end -= 1;
-    }
-    if start < end {
-        &stack[start..end]
-    } else {
-        stack
-    }
-}
-
-fn name(frame: &Frame) -> String {
-    match (&frame.function, &frame.module, frame.offset, frame.address) {
-        (Some(function), ..) => function.clone(),
-        (None, Some(module), Some(offset), _) => format!("{module}+{offset:#x}"),
-        (None, _, _, Some(address)) => format!("{address:#x}"),
-        _ => "?".to_owned(),
-    }
-}
-
-/// Source line if there is one, else the module.
-fn place(frame: &Frame) -> String {
-    let inlined = if frame.inlined { " (inlined)" } else { "" };
-    match (&frame.file, frame.line) {
-        (Some(file), Some(line)) => {
-            let short = file.rsplit('/').next().unwrap_or(file);
-            format!("{short}:{line}{inlined}")
-        }
-        _ => match (&frame.function, &frame.module) {
-            (Some(_), Some(module)) => format!("[{module}]{inlined}"),
-            _ => String::new(),
-        },
-    }
 }
 
 /// What the figures do not contain.
@@ -296,13 +266,7 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     } else {
         writeln!(to, "Every call was seen: the figures are exact.")?;
     }
-    if report.processes.iter().any(ends_early) {
-        writeln!(
-            to,
-            "Most stacks end after a frame or two, because the code was compiled without frame \
-             pointers (gcc and\nclang: -fno-omit-frame-pointer keeps them)."
-        )?;
-    }
+    write_stack_quality(report, to)?;
     if report
         .processes
         .iter()
@@ -318,20 +282,41 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether most of what is not freed has a stack that says little, in a process that is shown.
-fn ends_early(process: &ProcessReport) -> bool {
-    if process.replaced_by_exec {
-        return false;
+/// How far up the stacks go.
+fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let mut all = StackQuality::default();
+    for process in &report.processes {
+        all.join(&process.stacks);
     }
-    let live_bytes = |says_little: bool| -> u64 {
-        process
-            .sites
-            .iter()
-            .filter(|site| (site.stack_cut.is_some() && site.stack.len() <= 3) == says_little)
-            .map(|site| site.live_bytes)
-            .sum()
+    let Some(share) = all.complete_share() else {
+        return Ok(());
     };
-    live_bytes(true) > live_bytes(false)
+    if all.incomplete.is_empty() {
+        writeln!(to, "Every stack goes up to its thread's start.")?;
+    } else {
+        let reasons: Vec<_> = all
+            .incomplete
+            .iter()
+            .map(|(reason, allocs)| format!("{} {}", count(*allocs), reason.description()))
+            .collect();
+        // Never rounded up to all of them.
+        let percent = (share * 10_000.0).floor() / 100.0;
+        writeln!(
+            to,
+            "{percent:.2} % of the allocations have a stack that goes up to its thread's start; \
+             of the others\n{}.",
+            reasons.join(", ")
+        )?;
+    }
+    if report.unwind.files_without_room > 0 {
+        writeln!(
+            to,
+            "The unwind tables of {} found no room (raise --unwind-memory): stacks through their \
+             code may end early.",
+            counted(report.unwind.files_without_room, "file")
+        )?;
+    }
+    Ok(())
 }
 
 /// One line a site, for a session that goes on.
@@ -343,7 +328,7 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
             to,
             "PID {} {}: after {}, {} in {} not freed",
             process.pid,
-            process.comm,
+            harmless(&process.comm),
             duration(process.duration_s),
             bytes(totals.live_bytes),
             counted(totals.live_blocks, "block"),
@@ -371,31 +356,4 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
         writeln!(to)?;
     }
     to.flush()
-}
-
-/// The innermost frames on one line.
-fn callers(stack: &[Frame]) -> String {
-    const COLUMNS: usize = 80;
-    let stack = without_rust_runtime(stack);
-    let mut line = String::new();
-    for (index, frame) in stack.iter().enumerate() {
-        let name = name(frame);
-        // Paths are for the report.
-        let name = if name.contains(['<', '(']) {
-            name.as_str()
-        } else {
-            name.rsplit("::").next().unwrap_or(&name)
-        };
-        let part = match (index, frame.line) {
-            (0, Some(_)) => format!("{name} ({})", place(frame)),
-            (0, None) => name.to_owned(),
-            _ => format!(" < {name}"),
-        };
-        if index > 0 && line.chars().count() + part.chars().count() > COLUMNS {
-            line.push_str(" < …");
-            break;
-        }
-        line.push_str(&part);
-    }
-    line
 }

@@ -7,6 +7,7 @@ use crate::{
     calibrate::ProbeCost,
     host::{Bpf, Lockdown, UretprobeSyscall},
     preflight::Severity,
+    terminal::harmless,
 };
 
 pub(super) fn write(report: &Report, out: &mut dyn Write) -> io::Result<()> {
@@ -174,11 +175,11 @@ fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
         write!(out, " {comm}")?;
     }
     if let Some(exe) = &process.exe {
-        write!(out, " ({})", exe.display())?;
+        write!(out, " ({})", harmless(&exe.to_string_lossy()))?;
     }
     writeln!(out)?;
     for module in &process.modules {
-        writeln!(out, "\n  {}", module.path.display())?;
+        writeln!(out, "\n  {}", harmless(&module.path.to_string_lossy()))?;
         table(&module.functions, out)?;
     }
     if !process.modules.is_empty() {

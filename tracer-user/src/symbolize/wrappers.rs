@@ -1,0 +1,336 @@
+//! Allocation wrappers: functions that stand between the allocator and the code that wanted memory,
+//! and are the same in every stack. A stack is read from the first frame that is none.
+//!
+//! Pools and arenas (nginx's `ngx_palloc`, PostgreSQL's `palloc`, APR's `apr_palloc`) are no
+//! wrappers: what the allocator hands them serves many callers, of which the one in the stack only
+//! happened to come first.
+
+use super::demangle::without_parameters;
+
+/// Names of wrappers; `*` stands for any text. Of C++ and Rust, all of the standard libraries'
+/// own: a container that grows is not where a leak is.
+const KNOWN: &[&str] = &[
+    // The C library: what gives memory to its caller.
+    "malloc",
+    "calloc",
+    "realloc",
+    "reallocarray",
+    "memalign",
+    "aligned_alloc",
+    "posix_memalign",
+    "strdup",
+    "strndup",
+    "__strdup",
+    "__strndup",
+    "wcsdup",
+    "asprintf",
+    "vasprintf",
+    "__asprintf*",
+    "__vasprintf*",
+    "_IO_vasprintf",
+    "getline",
+    "getdelim",
+    "__getdelim",
+    "_IO_getdelim",
+    // As many programs call those of their own.
+    "xmalloc*",
+    "xcalloc",
+    "xrealloc*",
+    "xreallocarray",
+    "xnmalloc",
+    "xnrealloc",
+    "xzalloc",
+    "x2realloc",
+    "x2nrealloc",
+    "xstrdup",
+    "xstrndup",
+    "xmemdup*",
+    "xasprintf",
+    "xvasprintf",
+    "do_xmalloc*",
+    "safe_malloc",
+    "safe_calloc",
+    "safe_realloc",
+    "safe_strdup",
+    "emalloc",
+    "ecalloc",
+    "erealloc",
+    "estrdup",
+    "my_malloc",
+    "my_realloc",
+    "my_strdup",
+    // C++.
+    "operator new",
+    "operator new[]",
+    "*::operator new",
+    "*::operator new[]",
+    "std::*",
+    "__gnu_cxx::*",
+    // Rust.
+    "__rust_alloc*",
+    "__rust_realloc",
+    "__rustc::__rust_*",
+    "__rdl_*",
+    "__rg_*",
+    "alloc::*",
+    "<alloc::*",
+    "<T as alloc::*",
+    "core::*",
+    "<core::*",
+    "<T as core::*",
+    "<I as core::*",
+    "<std::*",
+    "hashbrown::*",
+    "<hashbrown::*",
+    // GLib.
+    "g_malloc*",
+    "g_try_malloc*",
+    "g_realloc*",
+    "g_try_realloc*",
+    "g_aligned_alloc*",
+    "g_strdup*",
+    "g_strndup",
+    "g_memdup*",
+    "g_slice_alloc*",
+    "g_slice_copy",
+    "g_vasprintf",
+    // Python.
+    "PyMem_*",
+    "_PyMem_*",
+    "PyObject_Malloc",
+    "PyObject_Calloc",
+    "PyObject_Realloc",
+    "_PyObject_Malloc",
+    "_PyObject_Calloc",
+    "_PyObject_Realloc",
+    "_PyObject_New",
+    "_PyObject_GC_New*",
+    "_PyObject_GC_Malloc",
+    "_PyObject_GC_Alloc",
+    "_PyObject_Arena*",
+    "pymalloc_*",
+    "allocate_from_new_pool",
+    "new_arena",
+    "gc_alloc",
+    "PyType_GenericAlloc",
+    "_PyType_AllocNoTrack",
+    // Redis, nginx, Lua, PHP, libuv, Node, the JVM.
+    "zmalloc*",
+    "zcalloc*",
+    "zrealloc*",
+    "ztrymalloc*",
+    "ztrycalloc*",
+    "ztryrealloc*",
+    "zstrdup",
+    "hi_malloc",
+    "hi_calloc",
+    "hi_realloc",
+    "hi_strdup",
+    "ngx_alloc",
+    "ngx_calloc",
+    "ngx_memalign",
+    "l_alloc",
+    "luaM_malloc_",
+    "luaM_realloc_",
+    "luaM_saferealloc_",
+    "luaM_growaux_",
+    "__zend_malloc",
+    "__zend_calloc",
+    "__zend_realloc",
+    "uv__malloc",
+    "uv__calloc",
+    "uv__realloc",
+    "uv__strdup",
+    "node::Malloc*",
+    "node::Realloc*",
+    "node::Unchecked*alloc*",
+    "v8::base::*alloc*",
+    "v8::internal::AllocWithRetry*",
+    "os::malloc",
+    "os::realloc",
+    "AllocateHeap",
+    "ReallocateHeap",
+    // Libraries that many programs use.
+    "CRYPTO_*alloc*",
+    "CRYPTO_strdup",
+    "CRYPTO_strndup",
+    "CRYPTO_memdup",
+    "sqlite3Malloc*",
+    "sqlite3_malloc*",
+    "sqlite3Realloc*",
+    "sqlite3_realloc*",
+    "sqlite3MemMalloc",
+    "sqlite3MemRealloc",
+    "sqlite3DbMalloc*",
+    "sqlite3DbRealloc*",
+    "sqlite3DbStrDup",
+    "sqlite3DbStrNDup",
+    "mallocWithAlarm",
+    "dbMallocRawFinish",
+    "dbReallocFinish",
+    "xmlMemMalloc",
+    "xmlStrdup",
+    "xmlStrndup",
+    "QArrayData::allocate*",
+    "QArrayData::reallocate*",
+    "av_malloc*",
+    "av_calloc",
+    "av_realloc*",
+    "av_strdup",
+    "av_strndup",
+    "av_memdup",
+    "SDL_malloc*",
+    "SDL_calloc*",
+    "SDL_realloc*",
+    "SDL_strdup*",
+    "Eigen::internal::*aligned_malloc",
+    "cv::fastMalloc",
+];
+
+/// The wrappers that are known, and the user's own.
+#[derive(Clone, Debug, Default)]
+pub struct Wrappers {
+    own: Vec<String>,
+}
+
+impl Wrappers {
+    /// With the user's patterns beside those that are known.
+    #[must_use]
+    pub const fn new(own: Vec<String>) -> Self {
+        Self { own }
+    }
+
+    /// Whether a function is a wrapper, by its name as in the source, with or without parameters.
+    #[must_use]
+    pub fn contains(&self, function: &str) -> bool {
+        let bare = without_parameters(function);
+        let own = self.own.iter().map(String::as_str);
+        KNOWN
+            .iter()
+            .copied()
+            .chain(own)
+            .any(|pattern| matches(pattern, bare) || matches(pattern, function))
+    }
+}
+
+/// Whether a name is of the form of a pattern, in which `*` stands for any text and `?` for any one
+/// character.
+fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
+    let (mut at, mut within) = (0, 0);
+    // Where to go on if what follows the last `*` does not fit here.
+    let mut again: Option<(usize, usize)> = None;
+    while at < name.len() {
+        let fits = |sign: &u8| match sign {
+            b'?' => true,
+            sign => *sign == name[at],
+        };
+        match pattern.get(within) {
+            Some(b'*') => {
+                within += 1;
+                again = Some((at, within));
+            }
+            Some(sign) if fits(sign) => {
+                at += 1;
+                within += 1;
+                // `?` takes a whole character.
+                while within > 0
+                    && pattern[within - 1] == b'?'
+                    && name.get(at).is_some_and(|byte| byte & 0xc0 == 0x80)
+                {
+                    at += 1;
+                }
+            }
+            _ => {
+                let Some((from, after_star)) = again else {
+                    return false;
+                };
+                at = from + 1;
+                within = after_star;
+                again = Some((at, after_star));
+            }
+        }
+    }
+    pattern[within..].iter().all(|sign| *sign == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        for (pattern, name, expected) in [
+            ("malloc", "malloc", true),
+            ("malloc", "xmalloc", false),
+            ("malloc", "malloc2", false),
+            ("g_malloc*", "g_malloc", true),
+            ("g_malloc*", "g_malloc0_n", true),
+            ("*::operator new", "A::B::operator new", true),
+            ("*::operator new", "operator new", false),
+            ("a*b*c", "a_b_b_c", true),
+            ("a*b*c", "a_b_b", false),
+            ("?lloc", "alloc", true),
+            ("?lloc", "élloc", true),
+            ("?lloc", "lloc", false),
+            ("*", "", true),
+            ("", "", true),
+            ("", "a", false),
+            ("***a", "ba", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn a_pattern_that_nearly_fits_everywhere_takes_no_time() {
+        let name = "a".repeat(10_000);
+        assert!(!matches("*a*a*a*a*a*a*a*ab", &name));
+    }
+
+    #[test]
+    fn wrappers_are_known_and_their_callers_are_not() {
+        let wrappers = Wrappers::default();
+        for wrapper in [
+            "operator new(unsigned long)",
+            "operator new[](unsigned long, std::nothrow_t const&)",
+            "Pool::operator new(unsigned long)",
+            "std::__cxx11::basic_string<char>::_M_create(unsigned long&, unsigned long)",
+            "__gnu_cxx::new_allocator<int>::allocate(unsigned long, void const*)",
+            "xmalloc",
+            "g_strdup_printf",
+            "_PyMem_RawMalloc",
+            "PyObject_Malloc",
+            "zmalloc",
+            "alloc::raw_vec::RawVec<T,A>::grow_one",
+            "<alloc::vec::Vec<T> as core::iter::Extend<T>>::extend",
+            "CRYPTO_zalloc",
+            "ztrymalloc_usable_internal",
+        ] {
+            assert!(wrappers.contains(wrapper), "{wrapper}");
+        }
+        for other in [
+            "main",
+            "make_node(std::allocator<int>&)",
+            "mystd::make",
+            "my::alloc::Pool::get",
+            "ngx_palloc",
+            "AllocSetAlloc",
+            "<app::Node as core::clone::Clone>::clone",
+            "xmlParse",
+            "operator_new",
+            "",
+        ] {
+            assert!(!wrappers.contains(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn users_add_theirs() {
+        let wrappers = Wrappers::new(vec!["my_pool_*".to_owned(), "Arena<*>::get".to_owned()]);
+        assert!(wrappers.contains("my_pool_get"));
+        assert!(wrappers.contains("Arena<Node>::get(unsigned long)"));
+        assert!(wrappers.contains("malloc"));
+        assert!(!wrappers.contains("get"));
+    }
+}
