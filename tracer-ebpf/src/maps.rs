@@ -5,7 +5,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use tracer_common::{
     config::Config,
@@ -87,6 +87,10 @@ pub(crate) static MISSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MISSE
 /// Stacks, execs and exits for the user side.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
+
+/// Empty, and stays so: see [`crate::probes::refuse_private_stack`].
+#[map]
+pub(crate) static NO_PROGRAMS: ProgramArray = ProgramArray::with_max_entries(1, 0);
 
 /// Buffers for stack walks. A preemptible kernel can put another task on the processor in the
 /// middle of a walk, so there are several and a walk claims one.

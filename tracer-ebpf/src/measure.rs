@@ -13,7 +13,7 @@ use aya_ebpf::{
 
 use crate::{
     maps::INSTANCES,
-    probes::armed_instance,
+    probes::{armed_instance, pid_tgid, refuse_private_stack},
     stack::{self, Stack},
 };
 
@@ -32,13 +32,14 @@ pub(crate) fn nothing_exit(_ctx: RetProbeContext) -> u32 {
 /// At a return: walks the stack.
 #[uretprobe]
 pub(crate) fn walk_exit(ctx: RetProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
     walk(&ctx);
     0
 }
 
 #[inline(always)]
 fn walk(ctx: &RetProbeContext) -> Option<()> {
-    let (instance, _) = armed_instance(crate::probes::pid_tgid())?;
+    let (instance, _) = armed_instance(pid_tgid())?;
     let state = INSTANCES.get_ptr(instance)?;
     // SAFETY: a live map element.
     Stack::capture(ctx.regs, unsafe { &*state })?.release();
@@ -54,7 +55,7 @@ pub(crate) fn kernel_walk_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn kernel_walk(ctx: &RetProbeContext) -> Option<()> {
-    armed_instance(crate::probes::pid_tgid())?;
+    armed_instance(pid_tgid())?;
     let scratch = stack::claim()?;
     // SAFETY: claimed above, and the length is that of the buffer.
     unsafe {

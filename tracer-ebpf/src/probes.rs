@@ -1,7 +1,7 @@
 //! The programs on allocator functions: one pair for all that allocate, one for all that free.
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::pt_regs,
     helpers::generated::{bpf_get_attach_cookie, bpf_get_current_pid_tgid},
     macros::{uprobe, uretprobe},
@@ -17,7 +17,7 @@ use tracer_common::{
 use crate::{
     atomic::add_u64,
     kernel, ledger,
-    maps::{CONFIG, INSTANCES, PENDING, PROCESSES},
+    maps::{CONFIG, INSTANCES, NO_PROGRAMS, PENDING, PROCESSES},
     missed,
     pending::{self, Pending},
     registers::Registers,
@@ -46,9 +46,28 @@ pub(crate) fn pid_tgid() -> u64 {
     unsafe { bpf_get_current_pid_tgid() }
 }
 
+/// Has the program run on the kernel's stack. To be called by every uprobe program with more than a
+/// few variables.
+///
+/// From Linux 6.13 to 7.3 at least, the kernel gives tracing programs a stack of their own, one a
+/// processor ("private stack"), because whatever calls them keeps them from interrupting themselves.
+/// Uprobes do not: on a preemptible kernel (`preempt=full` or `lazy`) another thread that hits a
+/// probe overwrites the stack of the program that it interrupted, so that figures go wrong and the
+/// kernel crashes. A program that may tail-call gets none; that the call is never made is found out
+/// later, and the call is removed.
+#[inline(always)]
+pub(crate) fn refuse_private_stack(ctx: &impl EbpfContext) {
+    // Never so, which the verifier knows and the compiler does not.
+    if CONFIG.load().max_sites == 0 {
+        // SAFETY: the map is empty, and this is never reached.
+        unsafe { NO_PROGRAMS.tail_call(ctx, 0) };
+    }
+}
+
 /// Entry of a function that allocates, at its probe point.
 #[uprobe]
 pub(crate) fn alloc_enter(ctx: ProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
     enter(&ctx);
     0
 }
@@ -130,6 +149,7 @@ fn abandon(pending: &mut Pending) {
 /// Return of a function that allocates.
 #[uretprobe]
 pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
     exit(&ctx);
     0
 }
@@ -213,6 +233,7 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
 /// Entry of a function that frees, at its probe point.
 #[uprobe]
 pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
     free(&ctx);
     0
 }

@@ -8,7 +8,9 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_prog_type};
+use aya_obj::generated::{
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_map_type, bpf_prog_type,
+};
 
 /// Calls `bpf(2)`.
 fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -47,6 +49,18 @@ pub(super) fn btf_load(data: &[u8]) -> io::Result<OwnedFd> {
     load.btf = data.as_ptr() as u64;
     load.btf_size = data.len() as u32;
     bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).map(owned)
+}
+
+/// Creates an array of one program, empty.
+pub(super) fn program_array() -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // SAFETY: the member that the command reads.
+    let create = unsafe { &mut attr.__bindgen_anon_1 };
+    create.map_type = bpf_map_type::BPF_MAP_TYPE_PROG_ARRAY as u32;
+    create.key_size = size_of::<u32>() as u32;
+    create.value_size = size_of::<u32>() as u32;
+    create.max_entries = 1;
+    bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr).map(owned)
 }
 
 /// A uprobe program to be loaded.

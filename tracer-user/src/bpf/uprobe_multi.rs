@@ -9,7 +9,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     os::{
-        fd::{AsFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -50,8 +50,11 @@ impl Programs {
             .map(|(section, _)| *section)
             .collect();
         let definitions: Vec<_> = object.maps.drain().collect();
-        let descriptors: HashMap<&str, RawFd> =
+        let mut descriptors: HashMap<&str, RawFd> =
             maps.iter().map(|(name, fd)| (name.as_str(), *fd)).collect();
+        // An array of programs takes programs of one attach type only, so aya's cannot be shared.
+        let no_programs = sys::program_array().context("failed to create an array of programs")?;
+        descriptors.insert("NO_PROGRAMS", no_programs.as_raw_fd());
         let known = definitions.iter().filter_map(|(name, definition)| {
             Some((name.as_str(), *descriptors.get(name.as_str())?, definition))
         });
