@@ -47,6 +47,8 @@ pub enum StackEnd {
     Unreadable = 5,
     /// The table led nowhere: not up the stack.
     Astray = 6,
+    /// What is mapped was changing, so that frames may be wrong; the stack is sent again.
+    Changing = 7,
 }
 
 impl StackEnd {
@@ -61,6 +63,7 @@ impl StackEnd {
             4 => Self::Unsupported,
             5 => Self::Unreadable,
             6 => Self::Astray,
+            7 => Self::Changing,
             _ => return None,
         })
     }

@@ -54,9 +54,14 @@ pub struct Instance {
     pub forks: u32,
     /// Children that borrowed the memory until they called `exec` (vfork, posix_spawn).
     pub borrowers: u32,
+    /// Times that the dynamic loader said that it changes what is mapped.
+    pub code_changes: u32,
+    /// [`Instance::code_changes`] when what is in `segments` was looked up: while they differ,
+    /// another library may lie where a segment says.
+    pub code_seen: u32,
     /// Makes the size a multiple of 8 bytes.
     pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Instance>() == 72);
+const _: () = assert!(size_of::<Instance>() == 80);
 pod!(Instance);

@@ -22,6 +22,8 @@ pod!(SiteKey);
 pub const FRAMES_SENT: u32 = 1;
 /// The user side has the memory of the stack, or needs none.
 pub const COPY_SENT: u32 = 2;
+/// The user side has frames that may be wrong, and the memory to do better.
+pub const DOUBTFUL_SENT: u32 = 4;
 
 /// Counters of a site. All but `births` only grow; the BPF side adds to them atomically and the
 /// user side reads them through a memory mapping, so a reading is of each counter, not of all at
@@ -41,7 +43,8 @@ pub struct Site {
     pub stack_hash: u64,
     /// The process instance.
     pub instance: u32,
-    /// What of the stack is with the user side: [`FRAMES_SENT`] and [`COPY_SENT`].
+    /// What of the stack is with the user side: [`FRAMES_SENT`], [`COPY_SENT`],
+    /// [`DOUBTFUL_SENT`].
     pub stack_sent: u32,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,

@@ -43,6 +43,9 @@ pub const SEGMENT_SEARCH_STEPS: u32 = 12;
 /// [`Segment::table`] of code without a table: it is walked by frame pointers.
 pub const NO_TABLE: u32 = u32::MAX;
 
+/// [`Segment::table`] of code whose table is not there yet: a stack ends there.
+pub const TABLE_PENDING: u32 = u32::MAX - 1;
+
 /// A row: `rule` is in force from `offset` bytes into the page on.
 #[must_use]
 pub const fn row(offset: u32, rule: u32) -> u32 {
@@ -173,7 +176,8 @@ pub struct Segment {
     pub end: u64,
     /// What is taken from an address to have it in the file's own terms.
     pub bias: u64,
-    /// Chunk of the pool that the table begins at, or [`NO_TABLE`].
+    /// Chunk of the pool that the table begins at, [`NO_TABLE`] or
+    /// [`TABLE_PENDING`].
     pub table: u32,
     /// Word of the table that the index begins at; even.
     pub index: u32,

@@ -12,7 +12,7 @@ use tracer_common::{
     instance::Instance,
     ledger::{Block, BlockKey},
     missed::Missed,
-    site::{COPY_SENT, FRAMES_SENT, Site, SiteKey},
+    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey},
 };
 
 use crate::{
@@ -228,7 +228,8 @@ fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u3
     };
     // SAFETY: field of a live map element.
     let sent = unsafe { &mut (*site).stack_sent };
-    if *sent & ALL == ALL {
+    let is_doubtful = stack.is_doubtful();
+    if *sent & ALL == ALL || (is_doubtful && *sent & DOUBTFUL_SENT != 0) {
         return;
     }
     if *sent & FRAMES_SENT == 0 {
@@ -236,9 +237,18 @@ fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u3
             missed::count(Missed::StacksDelayed);
             return;
         }
+        if is_doubtful {
+            // Not the last word.
+            if stack::copy(regs, header(EventKind::StackCopy, instance, id)) {
+                *sent |= DOUBTFUL_SENT;
+            }
+            return;
+        }
         *sent |= FRAMES_SENT;
     }
-    if !stack.wants_copy() || stack::copy(regs, state, header(EventKind::StackCopy, instance, id)) {
+    if !stack.wants_copy()
+        || (stack::may_copy(state) && stack::copy(regs, header(EventKind::StackCopy, instance, id)))
+    {
         *sent |= COPY_SENT;
     }
 }

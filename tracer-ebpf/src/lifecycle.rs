@@ -204,6 +204,8 @@ fn report() -> Option<()> {
     let (_, tgid) = current();
     let member = membership(tgid)?;
     let state = INSTANCES.get_ptr_mut(member.instance)?;
+    // SAFETY: an aligned field of a live map element.
+    unsafe { add_u32(&raw mut (*state).code_changes, 1) };
     tell(EventKind::Mapped, tgid, member.instance, 0);
     // SAFETY: a live map element.
     if unsafe { (*state).flags } & HELD_BY_LOADER != 0 {

@@ -27,8 +27,9 @@ use crate::{
 
 const PAGE_BYTES: u64 = 4096;
 
-/// Stacks are at most this large: a frame pointer further away is something else.
-const MAX_STACK_BYTES: u64 = 64 << 20;
+/// Frames of code without tables are at most this large: a frame pointer further away is something else,
+/// or of another stack.
+const MAX_FRAME_BYTES: u64 = 1 << 20;
 
 /// Between two reports of unknown code of one instance.
 const UNKNOWN_CODE_INTERVAL_NS: u64 = 10_000_000;
@@ -76,6 +77,12 @@ impl Stack {
                 (&raw mut context).cast::<c_void>(),
                 0,
             );
+            // What the walk relied on may have been of a library that is no more.
+            if (&raw const state.code_changes).read_volatile()
+                != (&raw const state.code_seen).read_volatile()
+            {
+                (*scratch).event.end = StackEnd::Changing as u32;
+            }
         }
         Some(Self { scratch })
     }
@@ -85,6 +92,13 @@ impl Stack {
     pub(crate) fn hash(&self) -> u64 {
         // SAFETY: claimed by this walk.
         unsafe { (*self.scratch).event.hash | 1 << 63 }
+    }
+
+    /// Whether frames may be wrong.
+    #[inline(always)]
+    pub(crate) fn is_doubtful(&self) -> bool {
+        // SAFETY: claimed by this walk.
+        unsafe { (*self.scratch).event.end == StackEnd::Changing as u32 }
     }
 
     /// Whether the user side could do better with the stack's memory.
@@ -135,15 +149,17 @@ impl Stack {
     }
 }
 
-/// Copies the memory of the stack for the user side. False if it is not the time for it or there is
-/// no room.
+/// Whether it is time for another copy of a stack of an instance.
 #[inline(always)]
-pub(crate) fn copy(regs: *const pt_regs, state: &Instance, header: EventHeader) -> bool {
+pub(crate) fn may_copy(state: &Instance) -> bool {
     let at = (&raw const state.stack_copied_at_ns).cast_mut();
     // SAFETY: a field of a live map element.
-    if CONFIG.load().copy_all_stacks == 0 && !unsafe { is_due(at, STACK_COPY_INTERVAL_NS) } {
-        return false;
-    }
+    CONFIG.load().copy_all_stacks != 0 || unsafe { is_due(at, STACK_COPY_INTERVAL_NS) }
+}
+
+/// Copies the memory of the stack for the user side. False if there is no room.
+#[inline(always)]
+pub(crate) fn copy(regs: *const pt_regs, header: EventHeader) -> bool {
     let Some(mut entry) = EVENTS.reserve::<StackCopyEvent>(0) else {
         return false;
     };
@@ -273,7 +289,14 @@ impl Scratch {
             self.walk.unknown_code = address;
             return Err(StackEnd::UnknownCode);
         }
+        if self.walk.code.is_pending() {
+            return Err(StackEnd::NoTable);
+        }
         if !self.walk.code.has_table() {
+            if self.walk.frame_pointer == 0 {
+                // So the ABI marks the outermost frame, as a thread of musl.
+                return Err(StackEnd::Root);
+            }
             return self.by_frame_pointer();
         }
         let rule = self.walk.code.rule(address);
@@ -289,6 +312,11 @@ impl Scratch {
         } else if kind == RuleKind::Root as u8 {
             return Err(StackEnd::Root);
         } else if kind == RuleKind::None as u8 {
+            // A return address that is the first of a function was left by no call: so coroutines
+            // begin.
+            if rule_kind(self.walk.code.rule(self.walk.address)) != RuleKind::None as u8 {
+                return Err(StackEnd::Root);
+            }
             return self.by_frame_pointer();
         } else if kind == RuleKind::SignalFrame as u8 {
             return self.by_signal_frame();
@@ -328,12 +356,8 @@ impl Scratch {
     #[inline(always)]
     fn by_frame_pointer(&mut self) -> Result<(), StackEnd> {
         let frame_pointer = self.walk.frame_pointer;
-        if frame_pointer == 0 {
-            // So the ABI marks the outermost frame: the entry of a dynamic loader, a thread of musl.
-            return Err(StackEnd::Root);
-        }
         if frame_pointer < self.walk.stack_pointer
-            || frame_pointer - self.walk.stack_pointer > MAX_STACK_BYTES
+            || frame_pointer - self.walk.stack_pointer > MAX_FRAME_BYTES
             || frame_pointer & 7 != 0
         {
             return Err(StackEnd::NoTable);
@@ -342,6 +366,9 @@ impl Scratch {
         else {
             return Err(StackEnd::NoTable);
         };
+        if self.calls_other_code(address) {
+            return Err(StackEnd::NoTable);
+        }
         let call = address.wrapping_sub(1);
         if !self.walk.code.contains(call) && !self.walk.code.find(self.walk.segments, call) {
             self.walk.unknown_code = call;
@@ -351,6 +378,32 @@ impl Scratch {
         self.walk.frame_pointer = callers;
         self.walk.address = address;
         Ok(())
+    }
+
+    /// Whether the call that returns to an address was of a function that has a table: then the frame
+    /// pointer is that function's, and not of the code that is to be left here. Of indirect calls it
+    /// cannot be told.
+    #[inline(always)]
+    fn calls_other_code(&mut self, return_address: u64) -> bool {
+        /// `call rel32`.
+        const DIRECT_CALL: u64 = 0xe8;
+        const BYTES: u64 = 5;
+        let Some(instruction) = kernel::read_user::<u64>(return_address.wrapping_sub(BYTES)) else {
+            return false;
+        };
+        if instruction & 0xff != DIRECT_CALL {
+            return false;
+        }
+        let distance = (instruction >> 8) as u32 as i32;
+        let target = return_address.wrapping_add(i64::from(distance) as u64);
+        if !self.walk.code.contains(target) && !self.walk.code.find(self.walk.segments, target) {
+            return false;
+        }
+        if !self.walk.code.has_table() || self.walk.code.is_pending() {
+            return false;
+        }
+        let kind = rule_kind(self.walk.code.rule(target));
+        kind != RuleKind::None as u8
     }
 
     /// From a signal handler's return to what it interrupted, perhaps on another stack.

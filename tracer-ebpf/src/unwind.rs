@@ -1,8 +1,8 @@
 //! Looking things up in the unwind tables, whose form is described in [`tracer_common::unwind`].
 
 use tracer_common::unwind::{
-    CHUNK_WORDS, NO_TABLE, PAGE_BITS, PAGE_BYTES, SEGMENT_SEARCH_STEPS, index_first, index_rows,
-    row_offset, row_rule,
+    CHUNK_WORDS, NO_TABLE, PAGE_BITS, PAGE_BYTES, SEGMENT_SEARCH_STEPS, TABLE_PENDING, index_first,
+    index_rows, row_offset, row_rule,
 };
 
 use crate::maps::{SEGMENTS, TABLES};
@@ -43,6 +43,11 @@ impl Code {
     #[inline(always)]
     pub(crate) fn has_table(&self) -> bool {
         self.table != NO_TABLE
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_pending(&self) -> bool {
+        self.table == TABLE_PENDING
     }
 
     /// Becomes the segment that contains an address. False, and unchanged, if there is none.

@@ -4,7 +4,7 @@
 //! get names, and all of it becomes one [`Report`].
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -291,6 +291,7 @@ impl Session {
     pub fn drain(&mut self) {
         self.tracer.flush_log();
         let Self {
+            tracer,
             events,
             targets,
             files,
@@ -314,9 +315,17 @@ impl Session {
             match header.kind {
                 kind if kind == EventKind::Stack as u32 => {
                     if let Some((addresses, end)) = walk(&record) {
-                        target.look_for(&addresses, files);
+                        target.look_for(&addresses, tracer, files);
                         let stack = Stack::new(&addresses, end, &mut target.space);
-                        stacks.entry(header.detail).or_insert(stack);
+                        match stacks.entry(header.detail) {
+                            Entry::Occupied(known) if !known.get().may_be_replaced() => {}
+                            Entry::Occupied(mut known) => {
+                                known.insert(stack);
+                            }
+                            Entry::Vacant(new) => {
+                                new.insert(stack);
+                            }
+                        }
                         if let Some(check) = stack_check {
                             check.expect(header.detail, addresses, end);
                         }
@@ -333,9 +342,9 @@ impl Session {
                         }
                     }
                 }
-                kind if kind == EventKind::Mapped as u32 => target.look_at_code(files),
+                kind if kind == EventKind::Mapped as u32 => target.look_at_code(tracer, files),
                 kind if kind == EventKind::UnknownCode as u32 => {
-                    target.look_for_unknown_code(files);
+                    target.look_for_unknown_code(tracer, files);
                 }
                 kind if kind == EventKind::Exec as u32 => target.ended(End::Replaced),
                 kind if kind == EventKind::Exit as u32 => {

@@ -38,7 +38,9 @@ impl Stack {
             return;
         }
         let locations = locate(&sampled.addresses, space);
-        if sampled.is_complete || known(&locations).len() > self.frames().len() {
+        // What was taken while libraries were changing may be wrong, however long it is.
+        let is_better = sampled.is_complete || self.end != StackEnd::Changing;
+        if is_better && (sampled.is_complete || known(&locations).len() > self.frames().len()) {
             self.locations = locations;
             self.is_sampled = true;
             if sampled.is_complete {
@@ -64,7 +66,14 @@ impl Stack {
             StackEnd::Unsupported => "the code beyond is unwound in a way that is not supported",
             StackEnd::Unreadable => "the stack beyond could not be read",
             StackEnd::Astray => "the unwind table beyond leads nowhere",
+            StackEnd::Changing => "libraries were changing, so that the frames are not certain",
         })
+    }
+
+    /// Whether a later walk of the same stack is better.
+    #[must_use]
+    pub const fn may_be_replaced(&self) -> bool {
+        self.is_sampled || matches!(self.end, StackEnd::Changing)
     }
 
     /// Whether frames are of a sample, see [`Stack::complete_by`].
@@ -108,6 +117,8 @@ pub enum Incomplete {
     Unreadable,
     /// An unwind table that leads nowhere.
     Astray,
+    /// Libraries were changing, so that the frames are not certain.
+    Changing,
     /// There was no room for the stack.
     NotTaken,
 }
@@ -123,6 +134,7 @@ impl Incomplete {
             Self::Unsupported => "end in code that is unwound in a way that is not supported",
             Self::Unreadable => "end where the stack could not be read",
             Self::Astray => "end where the unwind table leads nowhere",
+            Self::Changing => "were taken while libraries were changing",
             Self::NotTaken => "have none, for want of room",
         }
     }
@@ -151,6 +163,7 @@ impl StackQuality {
             Some(StackEnd::Unsupported) => Incomplete::Unsupported,
             Some(StackEnd::Unreadable) => Incomplete::Unreadable,
             Some(StackEnd::Astray) => Incomplete::Astray,
+            Some(StackEnd::Changing) => Incomplete::Changing,
             None => Incomplete::NotTaken,
         };
         *self.incomplete.entry(reason).or_default() += allocs;

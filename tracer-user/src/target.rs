@@ -65,6 +65,8 @@ pub struct Target {
     unwinder: Option<Unwinder>,
     /// What the kernel side knows of the code.
     published: Vec<unwind::Segment>,
+    /// Changes of the code that what is known in `space` is after.
+    code_changes: u32,
     /// When to look for code that was not known, and how long to wait until the time after.
     next_look: Instant,
     wait_for_look: Duration,
@@ -88,6 +90,7 @@ impl Target {
             loader_hook: Vec::new(),
             unwinder: None,
             published: Vec::new(),
+            code_changes: 0,
             next_look: Instant::now(),
             wait_for_look: LEAST_WAIT,
             probed: HashSet::new(),
@@ -96,14 +99,16 @@ impl Target {
     }
 
     /// Looks at what is mapped now. If the process is gone, what was known stays.
-    pub fn look_at_code(&mut self, files: &mut Files) {
-        self.changed_code(files);
+    pub fn look_at_code(&mut self, tracer: &Tracer, files: &mut Files) {
+        self.changed_code(tracer, files);
     }
 
-    fn changed_code(&mut self, files: &mut Files) -> bool {
+    fn changed_code(&mut self, tracer: &Tracer, files: &mut Files) -> bool {
         if self.end.is_some() {
             return false;
         }
+        // Read first: a change that comes in between is not taken for seen.
+        self.code_changes = tracer.code_changes(self.instance);
         match self.space.refresh(self.process.pid, files) {
             Ok(changed) => changed,
             Err(error) => {
@@ -115,12 +120,12 @@ impl Target {
 
     /// Looks at what is mapped now, as a stack led to code that is not known. If it led nowhere, the
     /// next look is put off.
-    pub fn look_for_unknown_code(&mut self, files: &mut Files) {
+    pub fn look_for_unknown_code(&mut self, tracer: &Tracer, files: &mut Files) {
         let now = Instant::now();
         if now < self.next_look {
             return;
         }
-        self.wait_for_look = match self.changed_code(files) {
+        self.wait_for_look = match self.changed_code(tracer, files) {
             true => LEAST_WAIT,
             false => (self.wait_for_look * 2).min(MOST_WAIT),
         };
@@ -128,9 +133,9 @@ impl Target {
     }
 
     /// Looks at what is mapped now if a stack leads to code that is not known.
-    pub fn look_for(&mut self, addresses: &[u64], files: &mut Files) {
+    pub fn look_for(&mut self, addresses: &[u64], tracer: &Tracer, files: &mut Files) {
         if !addresses.iter().all(|address| self.space.covers(*address)) {
-            self.look_for_unknown_code(files);
+            self.look_for_unknown_code(tracer, files);
         }
     }
 
@@ -150,6 +155,7 @@ impl Target {
             Some(_) => Vec::new(),
         };
         if segments == self.published {
+            tracer.code_seen(self.instance, self.code_changes);
             return false;
         }
         if !tracer.publish(self.instance, &segments) {
@@ -160,6 +166,7 @@ impl Target {
             );
             return false;
         }
+        tracer.code_seen(self.instance, self.code_changes);
         let replaced = std::mem::replace(&mut self.published, segments);
         !replaced.is_empty()
     }
@@ -180,6 +187,7 @@ impl Target {
     ) -> anyhow::Result<usize> {
         loop {
             let probed = self.probed.len();
+            self.code_changes = tracer.code_changes(self.instance);
             self.space.refresh(self.process.pid, files)?;
             for segment in self.space.segments().to_vec() {
                 if let Some(file) = &segment.file

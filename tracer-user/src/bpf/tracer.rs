@@ -314,6 +314,20 @@ impl Tracer {
         &mut self.unwind
     }
 
+    /// How often the dynamic loader of an instance said that it changes what is mapped.
+    #[must_use]
+    pub fn code_changes(&self, instance: u32) -> u32 {
+        self.instance(instance).code_changes
+    }
+
+    /// Says that the segments published last are those after so many changes.
+    pub fn code_seen(&self, instance: u32, changes: u32) {
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: an aligned field of a live element, which no program writes.
+        unsafe { AtomicU32::from_ptr(&raw mut (*state).code_seen) }
+            .store(changes, Ordering::SeqCst);
+    }
+
     /// Replaces the code segments of an instance. False, and nothing changes, if there is no room.
     pub fn publish(&mut self, instance: u32, segments: &[Segment]) -> bool {
         let Some(placed) = self.unwind.place(segments) else {

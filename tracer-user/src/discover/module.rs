@@ -197,7 +197,8 @@ fn loader_report(elf: &Elf<'_>) -> Option<u64> {
         .chain(elf.symbols())
         .find(|symbol| symbol.is_definition() && symbol.name_bytes() == Ok(b"_dl_debug_state"))?;
     // Only the loader itself is a shared object that defines it; static programs do too.
-    (elf.kind() == ObjectKind::Dynamic).then(|| file_offset(elf, symbol.address()))?
+    (elf.kind() == ObjectKind::Dynamic && !is_static_pie(elf))
+        .then(|| file_offset(elf, symbol.address()))?
 }
 
 fn file_offset(elf: &Elf<'_>, address: u64) -> Option<u64> {
@@ -212,15 +213,24 @@ fn file_offset(elf: &Elf<'_>, address: u64) -> Option<u64> {
     })
 }
 
+/// Whether it is a program that is linked statically and can lie anywhere.
+fn is_static_pie(elf: &Elf<'_>) -> bool {
+    elf.kind() == ObjectKind::Dynamic
+        && elf.section_by_name(".interp").is_none()
+        && elf.dynamic_symbols().next().is_none()
+}
+
 /// Global functions with an allocator's name, by address.
 fn find(elf: &Elf<'_>, search: &Search) -> BTreeMap<u64, Found> {
     let mut found: BTreeMap<u64, Found> = BTreeMap::new();
+    // What glibc hides from others is local there.
+    let local_too = is_static_pie(elf);
     for symbol in elf.dynamic_symbols().chain(elf.symbols()) {
         if !symbol.is_definition() || symbol.kind() != SymbolKind::Text {
             continue;
         }
         let raw = symbol.elf_symbol();
-        if raw.st_type() != STT_FUNC || raw.st_bind() == STB_LOCAL {
+        if raw.st_type() != STT_FUNC || (raw.st_bind() == STB_LOCAL && !local_too) {
             continue;
         }
         let Ok(name) = symbol.name() else { continue };

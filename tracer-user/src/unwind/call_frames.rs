@@ -108,6 +108,8 @@ pub struct CallFrames<'data> {
     pub bases: Bases,
     /// GNU build ID.
     pub build_id: Option<&'data [u8]>,
+    /// Where the kernel starts the program, in the file's own terms; a library has none.
+    pub entry: Option<u64>,
 }
 
 impl<'data> CallFrames<'data> {
@@ -130,6 +132,7 @@ impl<'data> CallFrames<'data> {
             eh_frame: &[],
             bases: Bases::default(),
             build_id: build_id(programs, data),
+            entry: Some(header.e_entry(endian)).filter(|entry| *entry != 0),
         };
         check_size(
             "number of sections",

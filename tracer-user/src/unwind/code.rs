@@ -24,6 +24,7 @@ pub struct Code {
     bases: Bases,
     segments: Vec<CodeSegment>,
     functions: Vec<Function>,
+    entry: Option<u64>,
 }
 
 /// What is said of a place in the code.
@@ -66,6 +67,7 @@ impl Code {
             bases: call_frames.bases,
             segments: call_frames.segments.clone(),
             functions: entries.functions,
+            entry: call_frames.entry,
         })
     }
 
@@ -101,6 +103,24 @@ impl Code {
             plain_cfa: state.plain_cfa(),
             bytes,
         }))
+    }
+
+    /// Whether nothing called the code at an address of which nothing is said: the program is started
+    /// there; or the return address, which is the one after it, is the first of a function, so that
+    /// no call left it there.
+    pub(super) fn is_outermost(&self, address: u64) -> bool {
+        let after = self
+            .functions
+            .partition_point(|function| function.start <= address);
+        let next = self.functions.get(after).map(|function| function.start);
+        let end = after
+            .checked_sub(1)
+            .and_then(|index| self.functions.get(index))
+            .map_or(0, |function| function.end);
+        next == address.checked_add(1)
+            || self
+                .entry
+                .is_some_and(|entry| (end..=address).contains(&entry))
     }
 
     /// Whether it says anything.

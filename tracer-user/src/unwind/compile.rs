@@ -26,6 +26,8 @@ const MAX_ROWS: u64 = 8 << 20;
 const NOTHING: u32 = 0;
 /// Number of the rule that what is known is not supported.
 const UNSUPPORTED: u32 = 1;
+/// Number of the rule that there is no caller.
+const OUTERMOST: u32 = 2;
 
 /// Compiles the tables of a file.
 pub(super) fn build(call_frames: &CallFrames<'_>) -> Result<Tables, Error> {
@@ -43,7 +45,7 @@ pub(super) fn build(call_frames: &CallFrames<'_>) -> Result<Tables, Error> {
         let last = entries
             .functions
             .partition_point(|function| function.start < addresses.end);
-        let mut builder = Builder::new(addresses, rows_before);
+        let mut builder = Builder::new(addresses, rows_before, call_frames.entry);
         builder.add(&entries, &entries.functions[first..last])?;
         built.broken_functions += builder.broken_functions;
         rows_before += builder.rows.len() as u64;
@@ -86,12 +88,15 @@ struct Builder {
     /// Rows of the function at hand, which are thrown away if it turns out to be broken.
     pending: Vec<Row>,
     broken_functions: u64,
+    /// Where the program is started.
+    entry: Option<u64>,
 }
 
 impl Builder {
-    fn new(addresses: Range<u64>, rows_before: u64) -> Self {
+    fn new(addresses: Range<u64>, rows_before: u64, entry: Option<u64>) -> Self {
         Self {
             addresses,
+            entry,
             rules: Rules::new(),
             rows: Vec::new(),
             rows_before,
@@ -102,6 +107,9 @@ impl Builder {
 
     /// Adds functions, which are in the order of their addresses and begin in the segment.
     fn add(&mut self, entries: &Entries<'_>, functions: &[Function]) -> Result<(), Error> {
+        if let Some(first) = functions.first() {
+            self.gap(self.addresses.start..first.start)?;
+        }
         for (index, function) in functions.iter().enumerate() {
             let next = functions
                 .get(index + 1)
@@ -112,6 +120,7 @@ impl Builder {
                 Ok(()) => {}
                 Err(Stop::Broken) => {
                     self.broken_functions += 1;
+                    self.push(self.row(function.start, NOTHING))?;
                     continue;
                 }
                 Err(Stop::Refused(error)) => return Err(error),
@@ -119,9 +128,22 @@ impl Builder {
             for index in 0..self.pending.len() {
                 self.push(self.pending[index])?;
             }
-            self.push(self.row(end, NOTHING))?;
+            self.gap(end..next)?;
         }
         Ok(())
+    }
+
+    /// Adds code of which nothing is said. If the program is started there, nothing called it: so do
+    /// dynamic loaders start, and programs without a C library.
+    fn gap(&mut self, addresses: Range<u64>) -> Result<(), Error> {
+        if addresses.is_empty() {
+            return Ok(());
+        }
+        self.push(self.row(addresses.start, NOTHING))?;
+        match self.entry {
+            Some(entry) if addresses.contains(&entry) => self.push(self.row(entry, OUTERMOST)),
+            _ => Ok(()),
+        }
     }
 
     /// Runs the instructions of a function as far as `end`.
@@ -281,7 +303,7 @@ impl Rules {
             numbers: HashMap::new(),
             recent: [(0, 0); 256],
         };
-        for kind in [RuleKind::None, RuleKind::Unsupported] {
+        for kind in [RuleKind::None, RuleKind::Unsupported, RuleKind::Root] {
             rules.number(Rule::of_kind(kind));
         }
         rules
@@ -556,7 +578,7 @@ mod tests {
 
     #[test]
     fn more_rows_than_a_file_may_have_are_an_error() {
-        let mut builder = Builder::new(CODE..CODE + CODE_BYTES, MAX_ROWS - 2);
+        let mut builder = Builder::new(CODE..CODE + CODE_BYTES, MAX_ROWS - 2, None);
         let mut push = |offset, rule| builder.push(Row { offset, rule });
         assert!(push(0, 2).is_ok());
         // Not a row of its own.

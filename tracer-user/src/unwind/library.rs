@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::sync::Notify;
-use tracer_common::unwind::{MAX_SEGMENTS, NO_TABLE, Segment};
+use tracer_common::unwind::{MAX_SEGMENTS, NO_TABLE, Segment, TABLE_PENDING};
 
 use super::{cache::Cache, call_frames::CodeSegment, table::Table, tables};
 use crate::{
@@ -264,10 +264,13 @@ impl Library {
         let Some(file) = &segment.file else {
             return known;
         };
-        let Some(State::Ready(tables)) =
-            self.files.get(&Rc::as_ptr(file)).map(|entry| &entry.state)
-        else {
-            return known;
+        let tables = match self.files.get(&Rc::as_ptr(file)).map(|entry| &entry.state) {
+            Some(State::Ready(tables)) => tables,
+            Some(State::Building) => {
+                known.table = TABLE_PENDING;
+                return known;
+            }
+            _ => return known,
         };
         let first = segment.file_offset(mapping.start);
         let bytes = mapping.end - mapping.start;

@@ -209,6 +209,7 @@ impl Walk<'_> {
         let address_in_file = address - piece.addresses.start + mapped_at;
         let place = match code.at(address_in_file, self.bytes_left) {
             Ok(Some(place)) => place,
+            Ok(None) if code.is_outermost(address_in_file) => return Err(End::Root),
             Ok(None) => return self.by_frame_pointer(),
             Err(_) => return Err(End::Lost),
         };

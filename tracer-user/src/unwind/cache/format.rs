@@ -16,7 +16,7 @@ use super::super::{
 };
 
 /// To be raised whenever tables come out differently for the same file, or the format changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const MAGIC: [u8; 8] = *b"UNFRDTAB";
 /// Bytes of a SHA-256.
 const HASH_BYTES: usize = 32;
@@ -42,7 +42,11 @@ pub(super) fn key(call_frames: &CallFrames<'_>) -> Key {
             hash.update(number.to_le_bytes());
         }
     }
-    for address in [call_frames.bases.text, call_frames.bases.got] {
+    for address in [
+        call_frames.bases.text,
+        call_frames.bases.got,
+        call_frames.entry,
+    ] {
         hash.update([u8::from(address.is_some())]);
         hash.update(address.unwrap_or(0).to_le_bytes());
     }
