@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     path::{Path, PathBuf},
@@ -22,9 +22,24 @@ const FLAGS: &[&str] = &[
     "-Wextra",
 ];
 
+/// What programs are released with: the frame pointer is a register like others, and calls become
+/// jumps.
+const OPTIMIZED_FLAGS: &[&str] = &[
+    "-O2",
+    "-fomit-frame-pointer",
+    "-fexceptions",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+];
+
+/// The same for Rust.
+const RUST_FLAGS: &[&str] = &["-O", "-Cforce-frame-pointers=no", "--edition=2021"];
+
 /// A program or library to compile.
 #[derive(Clone, Debug)]
 pub struct Fixture {
+    compiler: OsString,
     source: PathBuf,
     output: String,
     flags: Vec<String>,
@@ -45,7 +60,7 @@ fn build_directory() -> PathBuf {
 }
 
 impl Fixture {
-    /// The program made of this source: `.c`, `.cc` or `.S`.
+    /// The program made of this source: `.c`, `.cc`, `.S` or `.rs`.
     #[must_use]
     pub fn new(source: &str) -> Self {
         let source = sources().join(source);
@@ -54,10 +69,16 @@ impl Fixture {
             .and_then(OsStr::to_str)
             .unwrap_or("fixture")
             .to_owned();
+        let (compiler, flags) = match source.extension().and_then(OsStr::to_str) {
+            Some("cc") => ("g++".into(), FLAGS),
+            Some("rs") => (rustc(), RUST_FLAGS),
+            _ => ("gcc".into(), FLAGS),
+        };
         Self {
+            compiler,
             source,
             output,
-            flags: FLAGS.iter().map(|&flag| flag.to_owned()).collect(),
+            flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
         }
     }
 
@@ -67,6 +88,21 @@ impl Fixture {
         let mut fixture = Self::new(source);
         fixture.output = format!("lib{}.so", fixture.output);
         fixture.flag("-shared").flag("-fPIC")
+    }
+
+    /// Has it compiled as released programs are.
+    #[must_use]
+    pub fn optimized(mut self) -> Self {
+        let optimized = OPTIMIZED_FLAGS.iter().map(|&flag| flag.to_owned());
+        self.flags.splice(..FLAGS.len(), optimized);
+        self
+    }
+
+    /// Has it compiled by another compiler.
+    #[must_use]
+    pub fn compiled_by(mut self, compiler: &Path) -> Self {
+        self.compiler = compiler.into();
+        self
     }
 
     /// Adds a compiler flag; libraries go here too, as flags follow the source.
@@ -92,17 +128,10 @@ impl Fixture {
             .flag(library.display().to_string())
     }
 
-    fn compiler(&self) -> &'static str {
-        if self.source.extension() == Some(OsStr::new("cc")) {
-            "g++"
-        } else {
-            "gcc"
-        }
-    }
-
     /// Hash of everything that the output depends on, the headers included.
     fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
+        self.compiler.hash(&mut hasher);
         self.flags.hash(&mut hasher);
         let mut inputs: Vec<PathBuf> = fs::read_dir(sources())
             .expect("failed to list the fixtures")
@@ -139,7 +168,7 @@ impl Fixture {
             .tempdir_in(&directory)
             .expect("failed to create a directory");
         let unfinished = scratch.path().join(&self.output);
-        let mut command = Command::new(self.compiler());
+        let mut command = Command::new(&self.compiler);
         if self.flags.iter().any(|flag| flag == "-shared") {
             command.arg(format!("-Wl,-soname,{}", self.output));
         }
@@ -151,7 +180,7 @@ impl Fixture {
         let result = command.output().unwrap_or_else(|error| {
             panic!(
                 "failed to run {}: {error} (the fixtures need it)",
-                self.compiler()
+                self.compiler.display()
             )
         });
         assert!(
@@ -162,6 +191,16 @@ impl Fixture {
         fs::rename(&unfinished, &output).expect("failed to rename a compiled fixture");
         output
     }
+}
+
+/// The Rust compiler of the toolchain that the tests are run by.
+fn rustc() -> OsString {
+    env::var_os("RUSTC")
+        .or_else(|| {
+            let cargo = PathBuf::from(env::var_os("CARGO")?);
+            Some(cargo.with_file_name("rustc").into())
+        })
+        .unwrap_or_else(|| "rustc".into())
 }
 
 /// The allocator library of the tests' own.

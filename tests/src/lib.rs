@@ -11,6 +11,7 @@
     reason = "support of tests: what fails here fails the test, and says why"
 )]
 
+pub mod binutils;
 pub mod books;
 pub mod bpf;
 pub mod cgroup;
@@ -21,6 +22,7 @@ pub mod process;
 pub mod report;
 pub mod server;
 pub mod skip;
+pub mod stacks;
 pub mod target;
 pub mod text;
 pub mod unfreed;

@@ -270,7 +270,7 @@ extern "C" fn step(index: u32, context: *mut Context) -> i64 {
     scratch.event.frames[position] = address;
     scratch.event.hash = mix(scratch.event.hash, address);
     scratch.event.depth = index + 1;
-    match scratch.to_caller() {
+    match scratch.step_out() {
         Ok(()) => 0,
         Err(end) => {
             scratch.event.end = end as u32;
@@ -282,7 +282,7 @@ extern "C" fn step(index: u32, context: *mut Context) -> i64 {
 impl Scratch {
     /// Steps from a frame to its caller's.
     #[inline(always)]
-    fn to_caller(&mut self) -> Result<(), StackEnd> {
+    fn step_out(&mut self) -> Result<(), StackEnd> {
         // The instruction of the call, not the one after it, which may be another function's.
         let address = self.walk.address.wrapping_sub(1);
         if !self.walk.code.contains(address) && !self.walk.code.find(self.walk.segments, address) {

@@ -9,6 +9,7 @@ mod bench;
 mod bpf_toolchain;
 mod build_ebpf;
 mod cmd;
+mod fuzz;
 mod lint;
 mod setup;
 mod stamp;
@@ -30,6 +31,8 @@ struct Cli {
 enum Task {
     /// Compare the cost of tracing with other tools', in one interleaved run (as root)
     Bench(bench::Args),
+    /// Fuzz the readers of files that other people make
+    Fuzz(fuzz::Args),
     /// Install what building the BPF object and testing need, if it is not there yet
     Setup(setup::Args),
     /// Build the BPF object from source into tracer-ebpf/prebuilt/
@@ -43,6 +46,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Setup(args) => setup::run(&args),
         Task::BuildEbpf(args) => build_ebpf::run(&args),
         Task::Lint => lint::run(),

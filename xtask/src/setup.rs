@@ -24,7 +24,7 @@ const BPF_PACKAGES: [Package; 6] = [
 ];
 
 /// What the integration tests run, trace or compile fixtures with.
-const TEST_PACKAGES: [Package; 18] = [
+const TEST_PACKAGES: [Package; 22] = [
     Package::new("gcc", "fixtures in C"),
     Package::new("g++", "fixtures in C++"),
     Package::new("libc6-dev", "headers of the fixtures"),
@@ -44,10 +44,14 @@ const TEST_PACKAGES: [Package; 18] = [
     Package::new("redis-tools", "its load: redis-benchmark"),
     Package::new("nginx-light", "a real server that forks workers"),
     Package::new("wrk", "its load"),
+    Package::new("postgresql", "a real server with plugins to unwind"),
     Package::new("python3", "a real interpreter to trace"),
+    Package::new("nodejs", "a JIT compiler that tells its functions"),
+    Package::new("dwz", "debug files that have a part in common"),
     Package::new("valgrind", "the reference for what is lost"),
     Package::new("libc6-dbg", "valgrind needs the loader's symbols"),
     Package::new("bpftrace", "another uprobe tool on the same target"),
+    Package::new("bpftool", "how long BPF programs run, for the benchmarks"),
     Package::new("util-linux", "unshare, nsenter and taskset"),
 ];
 

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{build_ebpf, cmd, lint, setup};
+use crate::{build_ebpf, cmd, fuzz, lint, setup};
 
 /// Options of `test`; without `--unit` or `--integration`, everything is run.
 #[derive(clap::Args)]
@@ -63,6 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if unit {
         stages.run("unit tests", || unit_tests(args));
+    }
+    if all && !args.no_setup {
+        stages.run("fuzzing", fuzz::briefly);
     }
     if integration {
         stages.run("integration tests", || integration_tests(args));
