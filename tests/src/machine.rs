@@ -1,4 +1,5 @@
-//! One measurement at a time: tests of all binaries and threads take turns.
+//! What the machine can bear: one measurement at a time, tests of all binaries and threads taking
+//! turns, and how much load one test makes.
 
 use std::{
     env,
@@ -6,6 +7,21 @@ use std::{
     io,
     os::fd::AsRawFd as _,
 };
+
+/// How often to do something that is done `full` times on an ordinary machine: `UNFREED_LOAD_DIVISOR`
+/// makes it less on an emulated one. Never none.
+///
+/// # Panics
+///
+/// If that is not a number.
+#[must_use]
+pub fn load(full: u64) -> u64 {
+    let divisor: u64 = env::var("UNFREED_LOAD_DIVISOR").map_or(1, |text| {
+        text.parse()
+            .unwrap_or_else(|error| panic!("UNFREED_LOAD_DIVISOR={text}: {error}"))
+    });
+    full.checked_div(divisor).unwrap_or(full).max(1)
+}
 
 /// The machine, until dropped.
 #[derive(Debug)]

@@ -53,7 +53,7 @@ impl Stream {
 
     /// The next line that `wanted` accepts; lines before it are passed over.
     fn line(&self, limit: Duration, wanted: &dyn Fn(&str) -> bool) -> Option<String> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + wait::patiently(limit);
         let mut state = self.state.lock().unwrap();
         loop {
             while let Some(length) = state.bytes[state.read..].iter().position(|&b| b == b'\n') {

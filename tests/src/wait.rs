@@ -1,6 +1,8 @@
 //! Waiting for a condition, never for a guessed time.
 
 use std::{
+    env,
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -10,9 +12,22 @@ pub const LONG: Duration = Duration::from_secs(60);
 
 const POLL: Duration = Duration::from_millis(5);
 
+/// A limit, times what `UNFREED_PATIENCE` says: on an emulated processor everything takes longer.
+#[must_use]
+pub fn patiently(limit: Duration) -> Duration {
+    static PATIENCE: OnceLock<u32> = OnceLock::new();
+    let patience = PATIENCE.get_or_init(|| {
+        env::var("UNFREED_PATIENCE").map_or(1, |text| {
+            text.parse()
+                .unwrap_or_else(|error| panic!("UNFREED_PATIENCE={text}: {error}"))
+        })
+    });
+    limit * *patience
+}
+
 /// Asks until there is an answer; `None` if there was none in time.
 pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + patiently(limit);
     loop {
         if let Some(answer) = ask() {
             return Some(answer);

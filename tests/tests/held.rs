@@ -67,7 +67,7 @@ fn a_held_program_goes_on_when_unfreed_is_killed() {
         return;
     }
     let _turn = machine::take();
-    for _ in 0..5 {
+    for _ in 0..machine::load(5) {
         let (mut unfreed, child) = hold();
         kill(unfreed.id());
         unfreed.wait().expect("failed to wait for unfreed");
@@ -83,7 +83,7 @@ fn a_program_that_is_killed_while_it_is_held_gives_137_and_a_report() {
         return;
     }
     let _turn = machine::take();
-    for _ in 0..5 {
+    for _ in 0..machine::load(5) {
         let (unfreed, child) = hold();
         kill(child);
         let output = unfreed

@@ -76,7 +76,8 @@ fn random_operations_of_a_process_attached_to_are_exact_at_every_site() {
     }
     let ledger = ledger();
     let _turn = machine::take();
-    let mut target = Target::start(&ledger, &["77", "8", "65536", "hold"]);
+    let each = machine::load(65_536).to_string();
+    let mut target = Target::start(&ledger, &["77", "8", &each, "hold"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
     target.work();
     let outcome = session.stop();
@@ -92,7 +93,8 @@ fn assert_exact_with_preloaded(library: &Path) {
     let ledger = ledger();
     let _turn = machine::take();
     let preload = format!("LD_PRELOAD={}", library.display());
-    let run = target::run_behind(&["env", &preload], &ledger, &["5", "8", "32768"], |run| run);
+    let each = machine::load(32_768).to_string();
+    let run = target::run_behind(&["env", &preload], &ledger, &["5", "8", &each], |run| run);
     assert_exact(run.outcome.report_with_code(0), &run);
 }
 

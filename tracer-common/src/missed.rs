@@ -61,7 +61,7 @@ missed_events! {
         "ledger operations failed in the kernel; live figures may be off by as many blocks",
     /// An exec or exit found no room in the ring buffer.
     LifecycleDropped = "lifecycle_dropped":
-        "process events (exec, exit) could not be handed over",
+        "process events (exec, exit), perhaps of processes that are not traced, went unseen or could not be handed over",
     /// A child of `unfreed run` could not be stopped, and ran on before its probes stood.
     NotHeld = "not_held":
         "times the program could not be held until its probes stood: its first allocations may be missing",

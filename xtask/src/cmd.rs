@@ -35,6 +35,24 @@ pub(crate) fn run_as(shown: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Shows the command line, runs it and returns what it wrote to stdout; stderr goes through unfiltered.
+///
+/// # Errors
+///
+/// The program cannot be started, or it fails.
+pub(crate) fn run_capturing(command: &mut Command) -> Result<String> {
+    let shown = display(command);
+    eprintln!("$ {shown}");
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("failed to start `{shown}`"))?;
+    if !output.status.success() {
+        bail!("failed: `{shown}` ({})", output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// Runs a command silently and returns what it wrote to stdout, without the last line's end.
 ///
 /// # Errors
@@ -74,7 +92,7 @@ fn display(command: &Command) -> String {
 }
 
 /// Quotes a word for the shell if it needs that.
-fn quote(word: &str) -> String {
+pub(crate) fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+./,:@%~".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()

@@ -5,6 +5,7 @@
     reason = "a task tells its progress to whoever runs it"
 )]
 
+mod apt;
 mod bench;
 mod bpf_toolchain;
 mod build_ebpf;
@@ -14,6 +15,7 @@ mod lint;
 mod setup;
 mod stamp;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -39,8 +41,10 @@ enum Task {
     BuildEbpf(build_ebpf::Args),
     /// Check formatting, lints and the repository's top level
     Lint,
-    /// Run every check: setup, lint, BPF object, unit tests, integration tests (as root)
+    /// Run every check: setup, lint, BPF object, unit tests, integration tests, other kernels (as root)
     Test(test::Args),
+    /// Run the tests on other kernels, in virtual machines (as root)
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf(args) => build_ebpf::run(&args),
         Task::Lint => lint::run(),
         Task::Test(args) => test::run(&args),
+        Task::Vm(args) => vm::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: installs what is missing, and only that.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    apt::{Archive, Installed, Root},
     bpf_toolchain::{self, BPF_LINKER, LLVM_PREFIX, Toolchain},
     cmd,
 };
@@ -54,6 +55,14 @@ const TEST_PACKAGES: [Package; 22] = [
     Package::new("bpftool", "how long BPF programs run, for the benchmarks"),
     Package::new("util-linux", "unshare, nsenter and taskset"),
 ];
+
+/// What boots other kernels, beside qemu.
+const VM_PACKAGES: [Package; 2] = [BUSYBOX, QEMU];
+const BUSYBOX: Package = Package::new("busybox-static", "the shell in virtual machines");
+const QEMU: Package = Package::new("qemu-system-x86", "virtual machines for other kernels");
+/// The oldest qemu that is installed here. An older one does not go together with newer tools of its own (qemu-utils),
+/// which would have to be removed; where the distribution has only that, its backports have a newer one.
+const QEMU_VERSION: u32 = 10;
 
 /// Quietly; waits for another run to end, and tries downloads again.
 const APT_OPTIONS: [&str; 5] = [
@@ -101,6 +110,9 @@ pub(crate) struct Args {
     /// Only what the integration tests need
     #[arg(long)]
     tests: bool,
+    /// Only what the virtual machines of `cargo xtask vm` need
+    #[arg(long)]
+    vm: bool,
 }
 
 /// Sets up what was asked for.
@@ -109,7 +121,7 @@ pub(crate) struct Args {
 ///
 /// Something is missing and cannot be installed here; the error says what to install.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = !args.bpf && !args.tests;
+    let all = !args.bpf && !args.tests && !args.vm;
     if args.bpf || all {
         let toolchain = bpf()?;
         println!(
@@ -120,6 +132,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.tests || all {
         tests()?;
         println!("setup: test packages: all there");
+    }
+    if args.vm || all {
+        vm()?;
+        println!("setup: virtual machines: all there");
     }
     Ok(())
 }
@@ -156,25 +172,106 @@ pub(crate) fn bpf() -> Result<Toolchain> {
 /// Some are missing and cannot be installed here.
 pub(crate) fn tests() -> Result<()> {
     let missing = missing(&TEST_PACKAGES);
+    check_installable(&missing)?;
     if missing.is_empty() {
         return Ok(());
     }
+    update()?;
+    install(&missing)
+}
+
+/// Installs what boots other kernels.
+///
+/// # Errors
+///
+/// Something is missing and cannot be installed here.
+pub(crate) fn vm() -> Result<()> {
+    let mut missing = missing(&VM_PACKAGES);
+    // The other package of it, which is on many systems, serves too, and would have to be removed.
+    missing
+        .retain(|package| package.name != BUSYBOX.name || cmd::find_program("busybox").is_none());
+    check_installable(&missing)?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    update()?;
+    let count = missing.len();
+    missing.retain(|package| package.name != QEMU.name);
+    let needs_qemu = missing.len() < count;
+    if needs_qemu && offered_major(QEMU.name)?.is_none_or(|major| major < QEMU_VERSION) {
+        install_from_backports(&QEMU)?;
+    } else if needs_qemu {
+        missing.push(&QEMU);
+    }
+    install(&missing)
+}
+
+/// Fails if packages are missing that cannot be installed here.
+fn check_installable(missing: &[&Package]) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|package| package.name).collect();
+    let names = names.join(" ");
     if !has_apt() {
         bail!(
-            "failed to find apt-get, which installs what the tests run; install by other means what Debian calls {}, \
-             and pass --no-setup",
-            names(&TEST_PACKAGES)
+            "failed to find apt-get, which installs what the tests run; install by other means what Debian calls \
+             {names}, and pass --no-setup"
         );
     }
     if !cmd::is_root() {
-        let missing: Vec<_> = missing.iter().map(|package| package.name).collect();
         bail!(
-            "failed to install the packages that the tests need, for want of root; run `sudo apt-get install {}`",
-            missing.join(" ")
+            "failed to install the packages that the tests need, for want of root; run `sudo apt-get install {names}`"
         );
     }
-    update()?;
-    install(&missing)
+    Ok(())
+}
+
+/// The major version of a package that apt would install; none if it knows none.
+fn offered_major(package: &str) -> Result<Option<u32>> {
+    let policy = cmd::capture(Command::new("apt-cache").args(["policy", package]))?;
+    Ok(candidate_major(&policy))
+}
+
+/// Reads the major version of the candidate in what `apt-cache policy` says (`1:10.0.2+ds-2`).
+fn candidate_major(policy: &str) -> Option<u32> {
+    let version = policy
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Candidate: "))?;
+    let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
+    upstream.split('.').next()?.parse().ok()
+}
+
+/// Installs a package from the backports of this machine's release, which need not be among apt's sources and do not
+/// get there.
+fn install_from_backports(package: &Package) -> Result<()> {
+    let archive = Archive::of_this_machine()?;
+    let release = &archive.codename;
+    let (security, backports) = (
+        format!("{release}-security"),
+        format!("{release}-backports"),
+    );
+    let root = Root::open(
+        &cmd::target_dir()?.join("vm/apt/installation"),
+        &archive,
+        &[release, &security, &backports],
+        Installed::OnThisMachine,
+    )?;
+    let target = ["--target-release", &backports];
+    install_with(&[package], root.arguments().chain(target))
+}
+
+/// Where a shared library of this machine is.
+///
+/// # Errors
+///
+/// It is not installed.
+pub(crate) fn library(name: &str) -> Result<PathBuf> {
+    ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"]
+        .iter()
+        .map(|directory| Path::new(directory).join(name))
+        .find(|path| path.exists())
+        .with_context(|| format!("failed to find the library {name}"))
 }
 
 /// The distribution's LLVM builds a bpf-linker that understands the distribution's compiler.
@@ -308,6 +405,11 @@ fn update() -> Result<()> {
 }
 
 fn install(packages: &[&Package]) -> Result<()> {
+    install_with(packages, std::iter::empty())
+}
+
+/// [`install`] with more options for apt-get.
+fn install_with<'a>(packages: &[&Package], options: impl Iterator<Item = &'a str>) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
@@ -316,6 +418,7 @@ fn install(packages: &[&Package]) -> Result<()> {
     }
     let arguments = APT_OPTIONS
         .into_iter()
+        .chain(options)
         .chain(["--yes", "--no-install-recommends", "--no-remove", "install"])
         .chain(packages.iter().map(|package| package.name));
     let arguments: Vec<_> = arguments.collect();
@@ -344,5 +447,18 @@ mod tests {
             .map(|package| package.name)
             .collect();
         assert_eq!(missing, ["g++", "wrk"]);
+    }
+
+    #[test]
+    fn test_the_candidates_major_version_is_upstreams() {
+        let policy =
+            "qemu-system-x86:\n  Installed: (none)\n  Candidate: 1:7.2+dfsg-7+deb12u18+b3\n";
+        assert_eq!(candidate_major(policy), Some(7));
+        assert_eq!(
+            candidate_major("  Candidate: 1:10.0.2+ds-2+deb13u1\n"),
+            Some(10)
+        );
+        assert_eq!(candidate_major("  Candidate: (none)\n"), None);
+        assert_eq!(candidate_major(""), None);
     }
 }

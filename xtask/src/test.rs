@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{build_ebpf, cmd, fuzz, lint, setup};
+use crate::{build_ebpf, cmd, fuzz, lint, setup, vm};
 
 /// Options of `test`; without `--unit` or `--integration`, everything is run.
 #[derive(clap::Args)]
@@ -50,6 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let ready = stages.run("setup", || {
             if all {
                 setup::bpf()?;
+                setup::vm()?;
             }
             setup::tests()
         });
@@ -69,6 +70,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if integration {
         stages.run("integration tests", || integration_tests(args));
+    }
+    if all && args.filter.is_none() {
+        stages.run("kernel matrix", vm::whole_matrix);
     }
     stages.finish()
 }

@@ -97,6 +97,20 @@ pub(super) fn prog_load(program: &Program<'_>) -> io::Result<OwnedFd> {
     bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr).map(owned)
 }
 
+/// What the kernel tells of a program.
+pub(super) fn program_info(
+    program: BorrowedFd<'_>,
+) -> io::Result<aya_obj::generated::bpf_prog_info> {
+    // SAFETY: a structure of plain integers and arrays of them.
+    let mut info: aya_obj::generated::bpf_prog_info = unsafe { std::mem::zeroed() };
+    let mut attr = zeroed();
+    attr.info.bpf_fd = program.as_raw_fd() as u32;
+    attr.info.info_len = size_of_val(&info) as u32;
+    attr.info.info = std::ptr::from_mut(&mut info) as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
 /// Attaches a program to several offsets of a file at once; only the given process is seen.
 pub(super) fn link_uprobe_multi(
     program: BorrowedFd<'_>,

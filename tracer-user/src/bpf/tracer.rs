@@ -14,6 +14,7 @@ use aya::{
     programs::RawTracePoint,
 };
 use aya_log::EbpfLogger;
+use serde::Serialize;
 use tracer_common::{
     config::{CONFIG_SYMBOL, Config},
     instance::{ARMED, Instance, MAX_INSTANCES, Membership},
@@ -99,6 +100,16 @@ const SEGMENTS: u32 = 1 << 16;
 
 /// Memory that unfreed takes beside its maps: reading the kernel's BTF is the most of it.
 const OWN_BYTES: u64 = 48 << 20;
+
+/// A BPF program in the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LoadedProgram {
+    /// Name in the BPF object.
+    pub name: String,
+    /// Instructions that the verifier followed, all paths together: it gives up at a million. None
+    /// if the kernel does not tell (before 5.16).
+    pub verified_instructions: Option<u32>,
+}
 
 /// The loaded programs and maps. Dropping it unloads everything.
 pub struct Tracer {
@@ -205,6 +216,48 @@ impl Tracer {
     #[must_use]
     pub const fn attacher(&self) -> &Attacher {
         &self.attacher
+    }
+
+    /// The programs that the kernel has loaded, by name.
+    pub fn programs(&self) -> anyhow::Result<Vec<LoadedProgram>> {
+        let loaded = self.ebpf.programs().filter_map(|(name, program)| {
+            // Those that the attacher loads itself are not loaded here.
+            Some((name, program.fd().ok()?.as_fd()))
+        });
+        let own = match &self.attacher {
+            Attacher::Multi(programs) => Some(programs.descriptors()),
+            Attacher::Perf => None,
+        };
+        let mut programs = loaded
+            .chain(own.into_iter().flatten())
+            .map(|(name, fd)| {
+                let info = super::sys::program_info(fd)
+                    .with_context(|| format!("failed to ask about BPF program {name}"))?;
+                Ok(LoadedProgram {
+                    name: name.to_owned(),
+                    // No program is verified without following an instruction of it.
+                    verified_instructions: Some(info.verified_insns).filter(|count| *count != 0),
+                })
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        programs.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(programs)
+    }
+
+    /// Process events that were lost because a program did not run: the kernel leaves it out while
+    /// it is under way on the same processor, where another thread interrupted it. That can happen
+    /// from Linux 7 on, whose tracepoints can be preempted. Events of all processes count, as nobody
+    /// saw whose they were.
+    fn left_out(&self) -> anyhow::Result<u64> {
+        let mut left_out = 0;
+        for name in RAW_TRACEPOINTS {
+            let program = self.ebpf.program(name);
+            let program = program.ok_or_else(|| anyhow!("no BPF program {name}"))?;
+            let info = super::sys::program_info(program.fd()?.as_fd())
+                .with_context(|| format!("failed to ask about BPF program {name}"))?;
+            left_out += info.recursion_misses;
+        }
+        Ok(left_out)
     }
 
     /// Attaches a program at points of a file, for one process.
@@ -402,9 +455,17 @@ impl Tracer {
             .map("MISSED")
             .ok_or_else(|| anyhow!("no map MISSED"))?;
         let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
+        let left_out = self.left_out()?;
         Missed::ALL
             .iter()
-            .map(|missed| Ok((*missed, counters.get(&(*missed as u32), 0)?.iter().sum())))
+            .map(|missed| {
+                let counted: u64 = counters.get(&(*missed as u32), 0)?.iter().sum();
+                let beside = match missed {
+                    Missed::LifecycleDropped => left_out,
+                    _ => 0,
+                };
+                Ok((*missed, counted + beside))
+            })
             .collect()
     }
 

@@ -98,6 +98,12 @@ impl Programs {
         error.is_some_and(|error| error.raw_os_error() == Some(libc::EBADF))
     }
 
+    /// Every program, by name.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = (&str, std::os::fd::BorrowedFd<'_>)> {
+        let programs = self.programs.iter();
+        programs.map(|(name, fd)| (name.as_str(), fd.as_fd()))
+    }
+
     /// Attaches a program to offsets of a file, each with its cookie, for one process.
     pub fn attach(
         &self,

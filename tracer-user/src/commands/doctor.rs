@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::{
     args::{self, Format},
-    bpf::tracer::{Limits, Tracer},
+    bpf::tracer::{Limits, LoadedProgram, Tracer},
     calibrate::{self, ProbeCost},
     discover::{
         allocators::{C_ALLOCATOR, Call},
@@ -82,6 +82,8 @@ struct HostReport {
     facts: Host,
     /// How probes are attached.
     links: Option<&'static str>,
+    /// What was loaded.
+    programs: Vec<LoadedProgram>,
     probe_cost: Option<ProbeCost>,
     /// Why nothing can be traced.
     problems: Vec<ProblemReport>,
@@ -215,6 +217,7 @@ impl Report {
         let mut host = HostReport {
             facts,
             links: None,
+            programs: Vec::new(),
             probe_cost: None,
             problems,
             error: None,
@@ -249,6 +252,7 @@ impl HostReport {
     fn try_out(&mut self) -> anyhow::Result<()> {
         let mut tracer = Tracer::load(Limits::LEAST, false)?;
         self.links = Some(tracer.attacher().name());
+        self.programs = tracer.programs()?;
         self.probe_cost = Some(calibrate::measure(&mut tracer)?);
         Ok(())
     }
@@ -432,6 +436,16 @@ mod tests {
             host: HostReport {
                 facts: good_host(KernelVersion::new(6, 12, 0)),
                 links: Some("uprobe_multi"),
+                programs: vec![
+                    LoadedProgram {
+                        name: "alloc_exit".to_owned(),
+                        verified_instructions: Some(12_345),
+                    },
+                    LoadedProgram {
+                        name: "free_enter".to_owned(),
+                        verified_instructions: Some(678),
+                    },
+                ],
                 probe_cost: Some(ProbeCost {
                     emulated_ns: 600,
                     single_stepped_ns: 9000,
@@ -455,6 +469,7 @@ mod tests {
         let text = text_of(&report());
         for line in [
             "  ok      kernel      Linux 6.12.0-test on x86_64\n",
+            "  ok      verifier    alloc_exit takes it 12345 instructions, the most of any program",
             "  ok      links       uprobe_multi: probes are attached and detached in milli",
             "    function     probe  instruction  the kernel                 cost of a call\n",
             "    malloc          +0  push r12     emulates it, return probe         1100 ns\n",
@@ -523,6 +538,8 @@ mod tests {
         assert_eq!(json["schema"], "unfreed.doctor/1");
         assert_eq!(json["host"]["version"], "6.12.0");
         assert_eq!(json["host"]["probe_cost"]["emulated_ns"], 600);
+        assert_eq!(json["host"]["programs"][0]["name"], "alloc_exit");
+        assert_eq!(json["host"]["programs"][0]["verified_instructions"], 12_345);
         assert_eq!(
             json["processes"][0]["modules"][0]["functions"][1]["cost_ns"],
             600

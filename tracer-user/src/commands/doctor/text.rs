@@ -152,6 +152,20 @@ fn rows(host: &HostReport) -> Vec<Row> {
             note: Some("to detach takes about 0.1 s a probe (Linux 6.6 is faster)".to_owned()),
         },
     }));
+    let largest = host
+        .programs
+        .iter()
+        .max_by_key(|program| program.verified_instructions);
+    rows.extend(largest.and_then(|program| {
+        let count = program.verified_instructions?;
+        Some(row(
+            "verifier",
+            format!(
+                "{} takes it {count} instructions, the most of any program (it allows 1000000)",
+                program.name
+            ),
+        ))
+    }));
     rows.extend(host.probe_cost.map(|cost| {
         let ProbeCost {
             emulated_ns,
