@@ -55,7 +55,8 @@ impl Report {
             .collect()
     }
 
-    /// Fails unless exactly these events were missed.
+    /// Fails unless exactly these events were missed; one kind is left out if `UNFREED_TOLERATE` names
+    /// it, where the kernel is such that it cannot be helped.
     ///
     /// # Panics
     ///
@@ -66,7 +67,13 @@ impl Report {
             .filter(|&&(_, count)| count != 0)
             .map(|&(name, count)| (name.to_owned(), count))
             .collect();
-        assert_eq!(self.missed_events(), expected, "missed events\n{self}");
+        let mut missed = self.missed_events();
+        if let Ok(tolerated) = std::env::var("UNFREED_TOLERATE")
+            && !expected.contains_key(&tolerated)
+        {
+            missed.remove(&tolerated);
+        }
+        assert_eq!(missed, expected, "missed events\n{self}");
     }
 
     /// Fails if any event was missed.

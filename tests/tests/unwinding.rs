@@ -85,7 +85,7 @@ impl Quality {
             .sum();
         assert_eq!(
             quality.allocations,
-            quality.complete + incomplete,
+            quality.complete + quality.sampled + incomplete,
             "{report}"
         );
         quality

@@ -22,7 +22,7 @@ pod!(SiteKey);
 pub const FRAMES_SENT: u32 = 1;
 /// The user side has the memory of the stack, or needs none.
 pub const COPY_SENT: u32 = 2;
-/// The user side has frames that may be wrong, and the memory to do better.
+/// The user side has frames that may be wrong, and the memory to do better if there was room for it.
 pub const DOUBTFUL_SENT: u32 = 4;
 
 /// Counters of a site. All but `births` only grow; the BPF side adds to them atomically and the

@@ -239,9 +239,8 @@ fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u3
         }
         if is_doubtful {
             // Not the last word.
-            if stack::copy(regs, header(EventKind::StackCopy, instance, id)) {
-                *sent |= DOUBTFUL_SENT;
-            }
+            *sent |= DOUBTFUL_SENT;
+            stack::copy(regs, header(EventKind::StackCopy, instance, id));
             return;
         }
         *sent |= FRAMES_SENT;

@@ -18,6 +18,7 @@
 )]
 
 mod atomic;
+mod call;
 mod kernel;
 mod ledger;
 mod lifecycle;

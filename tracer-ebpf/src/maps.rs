@@ -88,6 +88,10 @@ pub(crate) static MISSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(MISSE
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
 
+/// Memory of stacks for the user side: apart from [`EVENTS`], which many of them would fill.
+#[map]
+pub(crate) static COPIES: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
+
 /// Empty, and stays so: see [`crate::probes::refuse_private_stack`].
 #[map]
 pub(crate) static NO_PROGRAMS: ProgramArray = ProgramArray::with_max_entries(1, 0);

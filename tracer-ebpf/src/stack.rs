@@ -20,8 +20,9 @@ use tracer_common::{
 
 use crate::{
     atomic::swap_u32,
+    call::{self, Called},
     kernel,
-    maps::{CONFIG, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
+    maps::{CONFIG, COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
     unwind::{Code, SegmentList},
 };
 
@@ -160,7 +161,7 @@ pub(crate) fn may_copy(state: &Instance) -> bool {
 /// Copies the memory of the stack for the user side. False if there is no room.
 #[inline(always)]
 pub(crate) fn copy(regs: *const pt_regs, header: EventHeader) -> bool {
-    let Some(mut entry) = EVENTS.reserve::<StackCopyEvent>(0) else {
+    let Some(mut entry) = COPIES.reserve::<StackCopyEvent>(0) else {
         return false;
     };
     let event = entry.as_mut_ptr();
@@ -293,10 +294,6 @@ impl Scratch {
             return Err(StackEnd::NoTable);
         }
         if !self.walk.code.has_table() {
-            if self.walk.frame_pointer == 0 {
-                // So the ABI marks the outermost frame, as a thread of musl.
-                return Err(StackEnd::Root);
-            }
             return self.by_frame_pointer();
         }
         let rule = self.walk.code.rule(address);
@@ -366,7 +363,7 @@ impl Scratch {
         else {
             return Err(StackEnd::NoTable);
         };
-        if self.calls_other_code(address) {
+        if !self.may_be_called_from(address) {
             return Err(StackEnd::NoTable);
         }
         let call = address.wrapping_sub(1);
@@ -380,30 +377,24 @@ impl Scratch {
         Ok(())
     }
 
-    /// Whether the call that returns to an address was of a function that has a table: then the frame
-    /// pointer is that function's, and not of the code that is to be left here. Of indirect calls it
-    /// cannot be told.
+    /// Whether the code that is to be left can be what the call before a return address called. If
+    /// not, the register is the frame pointer of another function, or something else.
     #[inline(always)]
-    fn calls_other_code(&mut self, return_address: u64) -> bool {
-        /// `call rel32`.
-        const DIRECT_CALL: u64 = 0xe8;
-        const BYTES: u64 = 5;
-        let Some(instruction) = kernel::read_user::<u64>(return_address.wrapping_sub(BYTES)) else {
-            return false;
-        };
-        if instruction & 0xff != DIRECT_CALL {
-            return false;
+    fn may_be_called_from(&self, return_address: u64) -> bool {
+        /// Functions that are longer are left out.
+        const MAX_FUNCTION_BYTES: u64 = 64 << 10;
+        let address = self.walk.address.wrapping_sub(1);
+        match call::before(return_address) {
+            Called::Any => true,
+            Called::None => false,
+            Called::Function(target) => {
+                // Not if the function that is called is one that the table has.
+                let is_another = self.walk.code.has_table()
+                    && self.walk.code.contains(target)
+                    && rule_kind(self.walk.code.rule(target)) != RuleKind::None as u8;
+                address.wrapping_sub(target) < MAX_FUNCTION_BYTES && !is_another
+            }
         }
-        let distance = (instruction >> 8) as u32 as i32;
-        let target = return_address.wrapping_add(i64::from(distance) as u64);
-        if !self.walk.code.contains(target) && !self.walk.code.find(self.walk.segments, target) {
-            return false;
-        }
-        if !self.walk.code.has_table() || self.walk.code.is_pending() {
-            return false;
-        }
-        let kind = rule_kind(self.walk.code.rule(target));
-        kind != RuleKind::None as u8
     }
 
     /// From a signal handler's return to what it interrupted, perhaps on another stack.

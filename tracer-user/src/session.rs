@@ -48,6 +48,7 @@ pub struct Session {
     trap_ns: Option<u32>,
     tracer: Tracer,
     events: AsyncFd<RingBuf<MapData>>,
+    copies: AsyncFd<RingBuf<MapData>>,
     files: Files,
     library: Library,
     tables_finished: Arc<Notify>,
@@ -98,9 +99,11 @@ impl Session {
             },
             trace.perf_links || !host.trusts_uprobe_multi(),
         )?;
-        // SAFETY: the ring buffer owns its descriptor and keeps it open as long as it lives.
-        let events = unsafe { AsyncFd::register(tracer.take_events()?) }
-            .context("failed to watch the ring buffer")?;
+        let [events, copies] = tracer.take_rings()?;
+        // SAFETY: the ring buffers own their descriptors and keep them open as long as they live.
+        let (events, copies) = unsafe { (AsyncFd::register(events), AsyncFd::register(copies)) };
+        let events = events.context("failed to watch the ring buffer")?;
+        let copies = copies.context("failed to watch the ring buffer of stacks")?;
         let search = Search {
             symbol_prefix: trace.symbol_prefix.clone(),
             emulation: host.emulation(),
@@ -112,6 +115,7 @@ impl Session {
             trap_ns: None,
             tracer,
             events,
+            copies,
             files: Files::new(search, DebugFileSearch::new(report.debug_dir.clone())),
             tables_finished: library.finished(),
             library,
@@ -282,6 +286,9 @@ impl Session {
             ready = self.events.readable() => {
                 ready.context("failed to wait for events")?.clear_ready();
             }
+            ready = self.copies.readable() => {
+                ready.context("failed to wait for stacks")?.clear_ready();
+            }
             () = self.tables_finished.notified() => {}
         }
         Ok(())
@@ -293,6 +300,7 @@ impl Session {
         let Self {
             tracer,
             events,
+            copies,
             targets,
             files,
             library,
@@ -331,17 +339,6 @@ impl Session {
                         }
                     }
                 }
-                kind if kind == EventKind::StackCopy as u32 => {
-                    if let (Some(stack), Some(sampled)) = (
-                        stacks.get_mut(&header.detail),
-                        Copy::parse(&record).map(|copy| target.unwind(&copy, *max_depth, codes)),
-                    ) {
-                        stack.complete_by(&sampled, &mut target.space);
-                        if let Some(check) = stack_check {
-                            check.compare(header.detail, &sampled);
-                        }
-                    }
-                }
                 kind if kind == EventKind::Mapped as u32 => target.look_at_code(tracer, files),
                 kind if kind == EventKind::UnknownCode as u32 => {
                     target.look_for_unknown_code(tracer, files);
@@ -354,6 +351,25 @@ impl Session {
                     target.main_thread_exited = true;
                 }
                 _ => {}
+            }
+        }
+        // After the events, which they refer to.
+        while let Some(record) = copies.get_mut().next() {
+            let target = header(&record).and_then(|header| {
+                let target = targets
+                    .iter_mut()
+                    .find(|target| target.instance == header.instance)?;
+                Some((header.detail, target))
+            });
+            let (Some((site, target)), Some(copy)) = (target, Copy::parse(&record)) else {
+                continue;
+            };
+            if let Some(stack) = stacks.get_mut(&site) {
+                let sampled = target.unwind(&copy, *max_depth, codes);
+                stack.complete_by(&sampled, &mut target.space);
+                if let Some(check) = stack_check {
+                    check.compare(site, &sampled);
+                }
             }
         }
         for target in targets.iter().filter(|target| target.end.is_none()) {

@@ -145,6 +145,8 @@ impl Incomplete {
 pub struct StackQuality {
     /// Allocations whose stack reaches the thread's start.
     pub complete: u64,
+    /// Allocations of stacks that reach it by the outer frames of one call only.
+    pub sampled: u64,
     /// Allocations whose stack ends before, by the reason.
     pub incomplete: BTreeMap<Incomplete, u64>,
 }
@@ -153,6 +155,10 @@ impl StackQuality {
     /// Counts the allocations of a site.
     pub fn add(&mut self, stack: Option<&Stack>, allocs: u64) {
         let reason = match stack.map(Stack::end) {
+            Some(StackEnd::Root) if stack.is_some_and(Stack::is_sampled) => {
+                self.sampled += allocs;
+                return;
+            }
             Some(StackEnd::Root) => {
                 self.complete += allocs;
                 return;
@@ -172,6 +178,7 @@ impl StackQuality {
     /// Adds what another process has.
     pub fn join(&mut self, other: &Self) {
         self.complete += other.complete;
+        self.sampled += other.sampled;
         for (reason, allocs) in &other.incomplete {
             *self.incomplete.entry(*reason).or_default() += allocs;
         }
@@ -180,7 +187,7 @@ impl StackQuality {
     /// The share of allocations whose stack is complete; None without allocations.
     #[must_use]
     pub fn complete_share(&self) -> Option<f64> {
-        let all = self.complete + self.incomplete.values().sum::<u64>();
+        let all = self.complete + self.sampled + self.incomplete.values().sum::<u64>();
         (all > 0).then(|| self.complete as f64 / all as f64)
     }
 }

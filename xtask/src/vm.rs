@@ -27,7 +27,7 @@ use anyhow::{Context as _, Result, bail};
 use self::{
     initramfs::Tree,
     kernels::{Expected, Image, KERNELS, Kernel},
-    programs::{ENVIRONMENT, PROGRAMS, Programs, Tests},
+    programs::{PROGRAMS, Programs, Running, Tests},
     table::Row,
     verdict::Verdict,
 };
@@ -131,7 +131,7 @@ fn list(kernels: &[&Kernel], programs: &Programs) -> Result<()> {
             }
             Expected::Traces { links } => {
                 println!("{}: {links} links {}", kernel.series, kernel.parameters);
-                for (file, names) in programs.chosen(kernel.running(links))? {
+                for (file, names) in programs.chosen(kernel.running())? {
                     for name in names {
                         println!("  {file}: {name}");
                     }
@@ -233,16 +233,14 @@ impl Machine {
         dir: &Path,
     ) -> Result<Self> {
         let image = kernel.image(dir)?;
+        let running = kernel.running();
         let tests = match kernel.expected {
-            Expected::Traces { links } => programs.chosen(kernel.running(links))?,
+            Expected::Traces { .. } => programs.chosen(running)?,
             Expected::Refuses { .. } => Tests::new(),
         };
         let mut tree = common.clone();
-        tree.text(
-            "plan",
-            plan(kernel.expected, &tests, &programs.fixtures),
-            0o644,
-        );
+        let plan = plan(kernel.expected, running, &tests, &programs.fixtures);
+        tree.text("plan", plan, 0o644);
         let files = dir.join(format!("{}.cpio", kernel.series));
         tree.write(&files)?;
         let logs = dir.join("logs");
@@ -287,9 +285,9 @@ impl Machine {
 }
 
 /// What a machine does, as a piece of a shell script (see vm/init.sh).
-fn plan(expected: Expected, tests: &Tests, fixtures: &Path) -> String {
-    let mut lines: Vec<String> = ENVIRONMENT
-        .iter()
+fn plan(expected: Expected, kernel: Running<'_>, tests: &Tests, fixtures: &Path) -> String {
+    let mut lines: Vec<String> = kernel
+        .environment()
         .map(|(name, value)| format!("export {name}={value}"))
         .collect();
     let quoted = cmd::quote(&fixtures.display().to_string());
@@ -338,6 +336,7 @@ mod tests {
         let tests = Tests::from([("ledger", vec!["a".to_owned(), "b".to_owned()])]);
         let plan = plan(
             Expected::Traces { links: "perf" },
+            KERNELS[1].running(),
             &tests,
             Path::new("/my dir/fixtures"),
         );

@@ -203,13 +203,16 @@ impl Tracer {
         }
     }
 
-    /// The ring buffer of events; can be taken once.
-    pub fn take_events(&mut self) -> anyhow::Result<RingBuf<MapData>> {
-        let map = self
-            .ebpf
-            .take_map("EVENTS")
-            .ok_or_else(|| anyhow!("events taken already"))?;
-        Ok(RingBuf::try_from(map)?)
+    /// The ring buffers of events and of copied stacks; can be taken once.
+    pub fn take_rings(&mut self) -> anyhow::Result<[RingBuf<MapData>; 2]> {
+        let mut take = |name: &str| -> anyhow::Result<RingBuf<MapData>> {
+            let map = self
+                .ebpf
+                .take_map(name)
+                .ok_or_else(|| anyhow!("the ring buffer {name} is not there"))?;
+            Ok(RingBuf::try_from(map)?)
+        };
+        Ok([take("EVENTS")?, take("COPIES")?])
     }
 
     /// How probes are attached.

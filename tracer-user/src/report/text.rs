@@ -291,14 +291,16 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let Some(share) = all.complete_share() else {
         return Ok(());
     };
-    if all.incomplete.is_empty() {
+    if all.incomplete.is_empty() && all.sampled == 0 {
         writeln!(to, "Every stack goes up to its thread's start.")?;
     } else {
-        let reasons: Vec<_> = all
+        let sampled = (all.sampled > 0)
+            .then(|| format!("{} go up there as one such call did", count(all.sampled)));
+        let incomplete = all
             .incomplete
             .iter()
-            .map(|(reason, allocs)| format!("{} {}", count(*allocs), reason.description()))
-            .collect();
+            .map(|(reason, allocs)| format!("{} {}", count(*allocs), reason.description()));
+        let reasons: Vec<_> = sampled.into_iter().chain(incomplete).collect();
         // Never rounded up to all of them.
         let percent = (share * 10_000.0).floor() / 100.0;
         writeln!(

@@ -53,6 +53,11 @@ impl Unwinder {
         {
             let mapping = &segment.mapping;
             let code = segment.file.as_ref().and_then(|file| codes.of(file));
+            if segment.file.is_some() && code.is_none_or(|code| code.is_empty()) {
+                // Not to be left by the frame pointer, as generated code is: what that leads to
+                // cannot be checked from a copy.
+                continue;
+            }
             space.add(
                 mapping.start..mapping.end,
                 segment.file_offset(mapping.start),

@@ -200,17 +200,14 @@ impl Walk<'_> {
         let address = self.address.checked_sub(1).ok_or(End::Lost)?;
         let piece = self.space.piece(address).ok_or(End::Lost)?;
         let Some((code, mapped_at)) = &piece.known else {
-            if self.registers.bp() == 0 {
-                // Where the ABI says that the outermost frame is.
-                return Err(End::Root);
-            }
             return self.by_frame_pointer();
         };
         let address_in_file = address - piece.addresses.start + mapped_at;
         let place = match code.at(address_in_file, self.bytes_left) {
             Ok(Some(place)) => place,
             Ok(None) if code.is_outermost(address_in_file) => return Err(End::Root),
-            Ok(None) => return self.by_frame_pointer(),
+            // Code without a table among code that has one is seldom any that keeps a frame pointer.
+            Ok(None) => return Err(End::Lost),
             Err(_) => return Err(End::Lost),
         };
         self.bytes_left -= place.bytes;

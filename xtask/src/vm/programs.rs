@@ -49,6 +49,13 @@ pub(crate) struct Running<'a> {
 }
 
 impl Running<'_> {
+    /// Environment of the tests.
+    pub(crate) fn environment(self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let dropped = (!self.has(Needs::EveryTracepoint))
+            .then_some(("UNFREED_TOLERATE", "lifecycle_dropped"));
+        ENVIRONMENT.into_iter().chain(dropped)
+    }
+
     fn has(self, needed: Needs) -> bool {
         match needed {
             Needs::Nothing => true,
@@ -141,7 +148,7 @@ const CHOSEN: &[Chosen] = &[
 pub(crate) const PROGRAMS: [&str; 6] = ["sh", "env", "nice", "sleep", "touch", "true"];
 
 /// Environment of the tests in a virtual machine, and in the run that prepares it. Skipped tests fail.
-pub(crate) const ENVIRONMENT: [(&str, &str); 3] = [
+const ENVIRONMENT: [(&str, &str); 3] = [
     ("UNFREED_FORBID_SKIPS", "1"),
     ("UNFREED_LOAD_DIVISOR", "16"),
     ("UNFREED_PATIENCE", "3"),
@@ -260,7 +267,7 @@ impl Programs {
                 .current_dir(cmd::workspace().join("tests"))
                 .env("UNFREED_BIN", &self.unfreed)
                 .env("UNFREED_FIXTURES", &self.fixtures)
-                .envs(ENVIRONMENT);
+                .envs(kernel.environment());
             cmd::run_as(
                 &format!("the chosen tests of {file}, on this kernel"),
                 &mut command,
@@ -353,6 +360,8 @@ mod tests {
         for release in ["7", "7.3.4+deb13-cloud-amd64", "10.0", "custom"] {
             assert!(!running("uprobe_multi", release).has(Needs::EveryTracepoint));
         }
+        let tolerant = |release| running("perf", release).environment().count();
+        assert_eq!((tolerant("6.18"), tolerant("7")), (3, 4));
         assert!(running("uprobe_multi", "7").has(Needs::UprobeMulti));
         assert!(!running("perf", "7").has(Needs::UprobeMulti));
     }
