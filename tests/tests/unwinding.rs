@@ -374,7 +374,7 @@ def generate(depth):
         yield from generate(depth - 1)
     yield 'y' * (depth + 513)
 
-for _ in range(20):
+for _ in range(60):
     text = json.dumps({str(i): list(range(i)) for i in range(50)})
     json.loads(text, object_hook=lambda value: dict(sorted(value.items())))
     re.sub(r'(\d+), (\d+)', lambda match: match[2] + match[1] * 300, text)

@@ -45,6 +45,9 @@ pub const NO_TABLE: u32 = u32::MAX;
 
 /// [`Segment::table`] of code whose table is not there yet: a stack ends there.
 pub const TABLE_PENDING: u32 = u32::MAX - 1;
+/// [`Segment::table`] of code that the process made: it is walked by frame pointers, and its functions
+/// jump to each other.
+pub const GENERATED: u32 = u32::MAX - 2;
 
 /// A row: `rule` is in force from `offset` bytes into the page on.
 #[must_use]
@@ -176,8 +179,8 @@ pub struct Segment {
     pub end: u64,
     /// What is taken from an address to have it in the file's own terms.
     pub bias: u64,
-    /// Chunk of the pool that the table begins at, [`NO_TABLE`] or
-    /// [`TABLE_PENDING`].
+    /// Chunk of the pool that the table begins at, [`NO_TABLE`],
+    /// [`TABLE_PENDING`] or [`GENERATED`].
     pub table: u32,
     /// Word of the table that the index begins at; even.
     pub index: u32,
@@ -185,9 +188,14 @@ pub struct Segment {
     pub first_page: u32,
     /// Entries of the index.
     pub pages: u32,
+    /// Not 0 for code that stays as long as the process: what it says is certain even while libraries
+    /// are loaded and unloaded.
+    pub stays: u32,
+    /// Makes the size a multiple of 8 bytes.
+    pub padding: u32,
 }
 
-const _: () = assert!(size_of::<Segment>() == 40);
+const _: () = assert!(size_of::<Segment>() == 48);
 pod!(Segment);
 
 #[cfg(test)]

@@ -50,6 +50,9 @@ impl Stack {
     #[inline(always)]
     pub(crate) fn capture(regs: *const pt_regs, state: &Instance) -> Option<Self> {
         let scratch = claim()?;
+        // One read, as the user side replaces both halves at once.
+        // SAFETY: a field of a live map element.
+        let segments = unsafe { (&raw const state.segments).read_volatile() };
         // SAFETY: claimed by this walk, and the kernel hands every uprobe program a valid `pt_regs`.
         unsafe {
             let walk = &mut (*scratch).walk;
@@ -58,9 +61,8 @@ impl Stack {
             walk.frame_pointer = (*regs).rbp;
             walk.window_bytes = 0;
             walk.unknown_code = 0;
+            walk.is_passing = 0;
             walk.code.forget();
-            // One read, as the user side replaces both halves at once.
-            let segments = (&raw const state.segments).read_volatile();
             walk.segments = SegmentList {
                 first: segments as u32,
                 count: (segments >> 32) as u32,
@@ -79,8 +81,10 @@ impl Stack {
                 0,
             );
             // What the walk relied on may have been of a library that is no more.
-            if (&raw const state.code_changes).read_volatile()
-                != (&raw const state.code_seen).read_volatile()
+            if (*scratch).walk.is_passing != 0
+                && ((&raw const state.code_changes).read_volatile()
+                    != (&raw const state.code_seen).read_volatile()
+                    || (&raw const state.segments).read_volatile() != segments)
             {
                 (*scratch).event.end = StackEnd::Changing as u32;
             }
@@ -254,6 +258,8 @@ pub(crate) struct Walk {
     window_bytes: u64,
     /// Address in no known code that the walk came upon, or 0.
     unknown_code: u64,
+    /// Not 0 once the walk came through code that may be unloaded.
+    is_passing: u64,
     segments: SegmentList,
     /// The code looked at last.
     code: Code,
@@ -289,6 +295,9 @@ impl Scratch {
         if !self.walk.code.contains(address) && !self.walk.code.find(self.walk.segments, address) {
             self.walk.unknown_code = address;
             return Err(StackEnd::UnknownCode);
+        }
+        if !self.walk.code.stays() {
+            self.walk.is_passing = 1;
         }
         if self.walk.code.is_pending() {
             return Err(StackEnd::NoTable);
@@ -380,21 +389,28 @@ impl Scratch {
     /// Whether the code that is to be left can be what the call before a return address called. If
     /// not, the register is the frame pointer of another function, or something else.
     #[inline(always)]
-    fn may_be_called_from(&self, return_address: u64) -> bool {
+    fn may_be_called_from(&mut self, return_address: u64) -> bool {
         /// Functions that are longer are left out.
         const MAX_FUNCTION_BYTES: u64 = 64 << 10;
         let address = self.walk.address.wrapping_sub(1);
-        match call::before(return_address) {
-            Called::Any => true,
-            Called::None => false,
-            Called::Function(target) => {
-                // Not if the function that is called is one that the table has.
-                let is_another = self.walk.code.has_table()
-                    && self.walk.code.contains(target)
-                    && rule_kind(self.walk.code.rule(target)) != RuleKind::None as u8;
-                address.wrapping_sub(target) < MAX_FUNCTION_BYTES && !is_another
-            }
+        let target = match call::before(return_address) {
+            Called::Any => return true,
+            Called::None => return false,
+            Called::Function(target) => target,
+        };
+        let is_near = address.wrapping_sub(target) < MAX_FUNCTION_BYTES;
+        if self.walk.code.lacks_table() {
+            return is_near;
         }
+        if !self.walk.code.contains(target) && !self.walk.code.find(self.walk.segments, target) {
+            return is_near;
+        }
+        if !self.walk.code.has_table() {
+            // Generated functions jump to each other.
+            return is_near || !self.walk.code.lacks_table();
+        }
+        // As do hand-written ones; one that the table has is another.
+        rule_kind(self.walk.code.rule(target)) == RuleKind::None as u8
     }
 
     /// From a signal handler's return to what it interrupted, perhaps on another stack.

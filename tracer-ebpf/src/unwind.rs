@@ -1,8 +1,8 @@
 //! Looking things up in the unwind tables, whose form is described in [`tracer_common::unwind`].
 
 use tracer_common::unwind::{
-    CHUNK_WORDS, NO_TABLE, PAGE_BITS, PAGE_BYTES, SEGMENT_SEARCH_STEPS, TABLE_PENDING, index_first,
-    index_rows, row_offset, row_rule,
+    CHUNK_WORDS, GENERATED, NO_TABLE, PAGE_BITS, PAGE_BYTES, SEGMENT_SEARCH_STEPS, TABLE_PENDING,
+    index_first, index_rows, row_offset, row_rule,
 };
 
 use crate::maps::{SEGMENTS, TABLES};
@@ -25,6 +25,8 @@ pub(crate) struct Code {
     index: u32,
     first_page: u32,
     pages: u32,
+    stays: u32,
+    padding: u32,
 }
 
 impl Code {
@@ -42,7 +44,19 @@ impl Code {
 
     #[inline(always)]
     pub(crate) fn has_table(&self) -> bool {
-        self.table != NO_TABLE
+        self.table < GENERATED
+    }
+
+    /// Whether it is there as long as the process.
+    #[inline(always)]
+    pub(crate) fn stays(&self) -> bool {
+        self.stays != 0
+    }
+
+    /// Whether it is of a file that has no table.
+    #[inline(always)]
+    pub(crate) fn lacks_table(&self) -> bool {
+        self.table == NO_TABLE
     }
 
     #[inline(always)]
@@ -87,6 +101,7 @@ impl Code {
         self.index = segment.index;
         self.first_page = segment.first_page;
         self.pages = segment.pages;
+        self.stays = segment.stays;
         true
     }
 

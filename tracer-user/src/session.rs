@@ -297,17 +297,28 @@ impl Session {
     /// Takes in all that the kernel side has said, and the unwind tables that were finished.
     pub fn drain(&mut self) {
         self.tracer.flush_log();
+        self.take_events();
+        while let Some(record) = self.copies.get_mut().next().map(|record| record.to_vec()) {
+            // The stack that it belongs to may have come since.
+            self.take_events();
+            self.take_copy(&record);
+        }
+        for target in self.targets.iter().filter(|target| target.end.is_none()) {
+            if let Err(error) = self.library.want(&target.space) {
+                log::info!("PID {}: no unwind tables: {error:#}", target.process.pid);
+            }
+        }
+        self.publish();
+    }
+
+    fn take_events(&mut self) {
         let Self {
             tracer,
             events,
-            copies,
             targets,
             files,
-            library,
             stacks,
             stack_check,
-            max_depth,
-            codes,
             ..
         } = self;
         while let Some(record) = events.get_mut().next() {
@@ -353,31 +364,25 @@ impl Session {
                 _ => {}
             }
         }
-        // After the events, which they refer to.
-        while let Some(record) = copies.get_mut().next() {
-            let target = header(&record).and_then(|header| {
-                let target = targets
-                    .iter_mut()
-                    .find(|target| target.instance == header.instance)?;
-                Some((header.detail, target))
-            });
-            let (Some((site, target)), Some(copy)) = (target, Copy::parse(&record)) else {
-                continue;
-            };
-            if let Some(stack) = stacks.get_mut(&site) {
-                let sampled = target.unwind(&copy, *max_depth, codes);
-                stack.complete_by(&sampled, &mut target.space);
-                if let Some(check) = stack_check {
-                    check.compare(site, &sampled);
-                }
-            }
+    }
+
+    /// Unwinds a stack that was copied.
+    fn take_copy(&mut self, record: &[u8]) {
+        let (Some(header), Some(copy)) = (header(record), Copy::parse(record)) else {
+            return;
+        };
+        let target = self
+            .targets
+            .iter_mut()
+            .find(|target| target.instance == header.instance);
+        let (Some(target), Some(stack)) = (target, self.stacks.get_mut(&header.detail)) else {
+            return;
+        };
+        let sampled = target.unwind(&copy, self.max_depth, &mut self.codes);
+        stack.complete_by(&sampled, &mut target.space);
+        if let Some(check) = &mut self.stack_check {
+            check.compare(header.detail, &sampled);
         }
-        for target in targets.iter().filter(|target| target.end.is_none()) {
-            if let Err(error) = library.want(&target.space) {
-                log::info!("PID {}: no unwind tables: {error:#}", target.process.pid);
-            }
-        }
-        self.publish();
     }
 
     /// Takes the probes of ended instances away, and their blocks out of the ledger while others

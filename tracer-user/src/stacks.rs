@@ -19,6 +19,8 @@ pub struct Stack {
     /// Whether a sample of its memory had to help out: frames beyond those of the walk in the
     /// kernel are of the first call that had this stack, and others may have come another way.
     is_sampled: bool,
+    /// Whether it was taken while libraries were changing, so that a later walk is better.
+    was_doubtful: bool,
 }
 
 impl Stack {
@@ -29,6 +31,7 @@ impl Stack {
             locations: locate(addresses, space),
             end,
             is_sampled: false,
+            was_doubtful: end == StackEnd::Changing,
         }
     }
 
@@ -73,7 +76,7 @@ impl Stack {
     /// Whether a later walk of the same stack is better.
     #[must_use]
     pub const fn may_be_replaced(&self) -> bool {
-        self.is_sampled || matches!(self.end, StackEnd::Changing)
+        self.was_doubtful
     }
 
     /// Whether frames are of a sample, see [`Stack::complete_by`].

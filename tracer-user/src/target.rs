@@ -100,7 +100,10 @@ impl Target {
 
     /// Looks at what is mapped now. If the process is gone, what was known stays.
     pub fn look_at_code(&mut self, tracer: &Tracer, files: &mut Files) {
-        self.changed_code(tracer, files);
+        // Looked at since the change that is told.
+        if tracer.code_changes(self.instance) != self.code_changes {
+            self.changed_code(tracer, files);
+        }
     }
 
     fn changed_code(&mut self, tracer: &Tracer, files: &mut Files) -> bool {
@@ -108,9 +111,12 @@ impl Target {
             return false;
         }
         // Read first: a change that comes in between is not taken for seen.
-        self.code_changes = tracer.code_changes(self.instance);
+        let changes = tracer.code_changes(self.instance);
         match self.space.refresh(self.process.pid, files) {
-            Ok(changed) => changed,
+            Ok(changed) => {
+                self.code_changes = changes;
+                changed
+            }
             Err(error) => {
                 log::info!("{error:#}");
                 false
@@ -151,7 +157,7 @@ impl Target {
     /// it knew of other code before.
     pub fn publish_code(&mut self, tracer: &mut Tracer, library: &Library) -> bool {
         let segments = match self.end {
-            None => library.segments(&self.space),
+            None => library.segments(&self.space, &self.process.exe),
             Some(_) => Vec::new(),
         };
         if segments == self.published {
@@ -187,8 +193,9 @@ impl Target {
     ) -> anyhow::Result<usize> {
         loop {
             let probed = self.probed.len();
-            self.code_changes = tracer.code_changes(self.instance);
+            let changes = tracer.code_changes(self.instance);
             self.space.refresh(self.process.pid, files)?;
+            self.code_changes = changes;
             for segment in self.space.segments().to_vec() {
                 if let Some(file) = &segment.file
                     && segment.is_mapped

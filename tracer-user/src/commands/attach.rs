@@ -125,6 +125,8 @@ fn begin(session: &mut Session, process: Process, force: bool) -> anyhow::Result
         .probe(index)
         .and_then(|_| session.expect_probes(index))
         .and_then(|()| session.hook_loader(index))
+        // What was mapped before the hook stood.
+        .and_then(|_| session.probe(index))
         .and_then(|_| session.expect_same_process(index));
     if probed.is_err() {
         session.give_up(index);

@@ -26,8 +26,6 @@ const MAX_ROWS: u64 = 8 << 20;
 const NOTHING: u32 = 0;
 /// Number of the rule that what is known is not supported.
 const UNSUPPORTED: u32 = 1;
-/// Number of the rule that there is no caller.
-const OUTERMOST: u32 = 2;
 
 /// Compiles the tables of a file.
 pub(super) fn build(call_frames: &CallFrames<'_>) -> Result<Tables, Error> {
@@ -107,8 +105,8 @@ impl Builder {
 
     /// Adds functions, which are in the order of their addresses and begin in the segment.
     fn add(&mut self, entries: &Entries<'_>, functions: &[Function]) -> Result<(), Error> {
-        if let Some(first) = functions.first() {
-            self.gap(self.addresses.start..first.start)?;
+        if let Some(first) = functions.first().map(|first| first.start) {
+            self.entry_in(self.addresses.start..first)?;
         }
         for (index, function) in functions.iter().enumerate() {
             let next = functions
@@ -128,21 +126,21 @@ impl Builder {
             for index in 0..self.pending.len() {
                 self.push(self.pending[index])?;
             }
-            self.gap(end..next)?;
+            self.push(self.row(end, NOTHING))?;
+            self.entry_in(end..next)?;
         }
         Ok(())
     }
 
-    /// Adds code of which nothing is said. If the program is started there, nothing called it: so do
+    /// Of code of which nothing is said: if the program is started there, nothing called it. So do
     /// dynamic loaders start, and programs without a C library.
-    fn gap(&mut self, addresses: Range<u64>) -> Result<(), Error> {
-        if addresses.is_empty() {
-            return Ok(());
-        }
-        self.push(self.row(addresses.start, NOTHING))?;
-        match self.entry {
-            Some(entry) if addresses.contains(&entry) => self.push(self.row(entry, OUTERMOST)),
-            _ => Ok(()),
+    fn entry_in(&mut self, gap: Range<u64>) -> Result<(), Error> {
+        match self.entry.filter(|entry| gap.contains(entry)) {
+            Some(entry) => {
+                let outermost = self.rules.number(Rule::of_kind(RuleKind::Root));
+                self.push(self.row(entry, outermost))
+            }
+            None => Ok(()),
         }
     }
 
@@ -303,7 +301,7 @@ impl Rules {
             numbers: HashMap::new(),
             recent: [(0, 0); 256],
         };
-        for kind in [RuleKind::None, RuleKind::Unsupported, RuleKind::Root] {
+        for kind in [RuleKind::None, RuleKind::Unsupported] {
             rules.number(Rule::of_kind(kind));
         }
         rules

@@ -4,6 +4,8 @@
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
     rc::Rc,
     sync::{
         Arc, Mutex,
@@ -15,7 +17,7 @@ use std::{
 
 use anyhow::Context as _;
 use tokio::sync::Notify;
-use tracer_common::unwind::{MAX_SEGMENTS, NO_TABLE, Segment, TABLE_PENDING};
+use tracer_common::unwind::{GENERATED, MAX_SEGMENTS, NO_TABLE, Segment, TABLE_PENDING};
 
 use super::{cache::Cache, call_frames::CodeSegment, table::Table, tables};
 use crate::{
@@ -126,8 +128,14 @@ impl Library {
             }
             let mut state = State::Empty;
             if let (Ok(_), Some(path)) = (&file.module, file.readable_path()) {
-                let handle = File::open(path)
-                    .with_context(|| format!("failed to open {}", file.path.display()))?;
+                let handle = match File::open(path) {
+                    Ok(handle) => handle,
+                    Err(error) => {
+                        // Tried again at the next look.
+                        log::info!("failed to open {}: {error}", file.path.display());
+                        continue;
+                    }
+                };
                 self.build(Job {
                     file: key as usize,
                     handle,
@@ -229,31 +237,32 @@ impl Library {
         };
     }
 
-    /// The code of a process as the kernel side wants it. Code whose tables are not there (yet) is
-    /// walked by frame pointers.
+    /// The code of a process as the kernel side wants it. Stacks end in code whose tables are not there
+    /// yet; code that has none is walked by frame pointers.
     #[must_use]
-    pub fn segments(&self, space: &AddressSpace) -> Vec<Segment> {
+    pub fn segments(&self, space: &AddressSpace, program: &Path) -> Vec<Segment> {
         let mut segments: Vec<Segment> = space
             .segments()
             .iter()
             .filter(|segment| segment.is_mapped && segment.mapping.start < USER_END)
-            .map(|segment| self.segment(segment))
+            .map(|segment| self.segment(segment, program))
             .collect();
         let excess = segments.len().saturating_sub(MAX_SEGMENTS as usize);
         if excess > 0 {
             // A process with thousands of pieces of code made most of them itself.
             let mut to_go = excess;
             segments.retain(|segment| {
-                let goes = to_go > 0 && segment.table == NO_TABLE;
+                let goes = to_go > 0 && segment.table == GENERATED;
                 to_go -= usize::from(goes);
                 !goes
             });
+            segments.truncate(MAX_SEGMENTS as usize);
             log::info!("{excess} pieces of code are too many to be looked at");
         }
         segments
     }
 
-    fn segment(&self, segment: &files::Segment) -> Segment {
+    fn segment(&self, segment: &files::Segment, program: &Path) -> Segment {
         let mapping = &segment.mapping;
         let mut known = Segment {
             start: mapping.start,
@@ -262,8 +271,16 @@ impl Library {
             ..Segment::default()
         };
         let Some(file) = &segment.file else {
+            known.table = GENERATED;
             return known;
         };
+        // The program, its loader and its allocators: nothing unloads them.
+        let stays = file.path == program
+            || file
+                .module
+                .as_ref()
+                .is_ok_and(|module| module.has_allocator() || module.loader_report.is_some());
+        known.stays = u32::from(stays);
         let tables = match self.files.get(&Rc::as_ptr(file)).map(|entry| &entry.state) {
             Some(State::Ready(tables)) => tables,
             Some(State::Building) => {
@@ -300,6 +317,7 @@ impl Library {
             .filter(|segment| segment.is_mapped)
             .filter_map(|segment| segment.file.as_ref().map(Rc::as_ptr))
             .collect();
+        // Files without room are not tried again: their tables would come and go.
         self.files.retain(|key, entry| {
             let stays = used.contains(key) || matches!(entry.state, State::Building);
             if let (false, State::Ready(tables)) = (stays, &entry.state) {
@@ -307,8 +325,7 @@ impl Library {
                     kernel.unload(table.loaded);
                 }
             }
-            // Now there may be room.
-            stays && !matches!(entry.state, State::NoRoom)
+            stays
         });
     }
 
@@ -340,6 +357,22 @@ impl Library {
     }
 }
 
+/// Builds the tables of a file, none if that fails. A file that makes a reader panic costs its own
+/// tables only.
+fn build(file: File, cache: Option<&Cache>) -> Vec<Table> {
+    match catch_unwind(AssertUnwindSafe(|| tables(file, cache))) {
+        Ok(Ok(tables)) => tables.tables,
+        Ok(Err(error)) => {
+            log::info!("no unwind tables: {error}");
+            Vec::new()
+        }
+        Err(_) => {
+            log::warn!("a file made the reader of unwind tables fail: it has none");
+            Vec::new()
+        }
+    }
+}
+
 impl Workers {
     fn start(cache: Option<&Arc<Cache>>, finished: &Arc<Notify>) -> anyhow::Result<Self> {
         let (jobs, queue) = mpsc::channel::<Job>();
@@ -360,13 +393,7 @@ impl Workers {
                         let Ok(job) = job else { return };
                         let built = Built {
                             file: job.file,
-                            tables: match tables(job.handle, cache.as_deref()) {
-                                Ok(tables) => tables.tables,
-                                Err(error) => {
-                                    log::info!("no unwind tables: {error}");
-                                    Vec::new()
-                                }
-                            },
+                            tables: build(job.handle, cache.as_deref()),
                         };
                         if done.send(built).is_err() {
                             return;
