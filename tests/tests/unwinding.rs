@@ -56,8 +56,6 @@ struct Quality {
 impl Quality {
     fn of(report: &Report) -> Self {
         let sites: Vec<&Value> = report.sites().collect();
-        let allocations_of = |site: &&&Value| field(site, "allocs");
-        let is_sampled = |site: &&&Value| site["stack_sampled"].as_bool() == Some(true);
         let quality = Self {
             allocations: report.totals().allocs,
             complete: report
@@ -65,10 +63,10 @@ impl Quality {
                 .iter()
                 .map(|process| field(&process["stacks"], "complete"))
                 .sum(),
-            sampled: sites
+            sampled: report
+                .processes()
                 .iter()
-                .filter(is_sampled)
-                .map(|site| allocations_of(&site))
+                .map(|process| field(&process["stacks"], "sampled"))
                 .sum(),
             sites: sites.len(),
             deepest: sites
@@ -374,7 +372,7 @@ def generate(depth):
         yield from generate(depth - 1)
     yield 'y' * (depth + 513)
 
-for _ in range(60):
+for _ in range(120):
     text = json.dumps({str(i): list(range(i)) for i in range(50)})
     json.loads(text, object_hook=lambda value: dict(sorted(value.items())))
     re.sub(r'(\d+), (\d+)', lambda match: match[2] + match[1] * 300, text)
