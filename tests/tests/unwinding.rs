@@ -89,8 +89,9 @@ impl Quality {
         quality
     }
 
+    /// With those that userspace completed from a copy: what is loaded at the moment is left to it.
     fn complete_share(&self) -> f64 {
-        self.complete as f64 / self.allocations as f64
+        (self.complete + self.sampled) as f64 / self.allocations as f64
     }
 }
 

@@ -298,11 +298,18 @@ impl Session {
     pub fn drain(&mut self) {
         self.tracer.flush_log();
         self.take_events();
+        self.know_code();
         while let Some(record) = self.copies.get_mut().next().map(|record| record.to_vec()) {
-            // The stack that it belongs to may have come since.
+            // The stack that it belongs to may have come since. Copies take time, and until the kernel
+            // side knows the code that is mapped now, stacks are doubtful.
             self.take_events();
+            self.know_code();
             self.take_copy(&record);
         }
+    }
+
+    /// Has tables built for new code, and the kernel side know what code there is.
+    fn know_code(&mut self) {
         for target in self.targets.iter().filter(|target| target.end.is_none()) {
             if let Err(error) = self.library.want(&target.space) {
                 log::info!("PID {}: no unwind tables: {error:#}", target.process.pid);
