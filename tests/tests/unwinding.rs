@@ -41,6 +41,8 @@ const CHECKED: [&str; 5] = [
 ];
 /// Of all allocations, those with a stack that reaches the thread's start.
 const LEAST_COMPLETE: f64 = 0.999;
+/// Without those that a copy completed.
+const LEAST_WALKED: f64 = 0.99;
 
 /// Figures of the stacks of all processes of a report.
 struct Quality {
@@ -87,6 +89,11 @@ impl Quality {
             "{report}"
         );
         quality
+    }
+
+    /// By the walk in the kernel alone.
+    fn walked_share(&self) -> f64 {
+        self.complete as f64 / self.allocations as f64
     }
 
     /// With those that userspace completed from a copy: what is loaded at the moment is left to it.
@@ -137,6 +144,10 @@ fn assert_unwound(name: &str, outcome: &Outcome) {
     println!("{name}: {quality}");
     println!("{name}: {}", report.0["unwind"]);
     assert!(share >= LEAST_COMPLETE, "{quality}\n{report}");
+    assert!(
+        quality.walked_share() >= LEAST_WALKED,
+        "{quality}\n{report}"
+    );
     assert_roots(report);
 }
 
@@ -169,6 +180,11 @@ fn redis_is_unwound() {
     let _turn = machine::take();
     let server = Server::redis(&server);
     let load = redis_load(&benchmark, server.port());
+    assert_unwound_under_load("redis", &server, load, 20);
+}
+
+/// A server that answers requests all the while, and whose stacks are checked at least so many times.
+fn assert_unwound_under_load<L>(name: &str, server: &Server, load: L, least: u64) {
     let watch = server.watch();
     watch.wait_for_answers(50);
     let session = Unfreed::attach(&[server.pid()])
@@ -179,8 +195,8 @@ fn redis_is_unwound() {
     let outcome = session.stop();
     let _ = watch.stop();
     drop(load);
-    assert_unwound("redis", &outcome);
-    assert_checked("redis", &outcome, 20);
+    assert_unwound(name, &outcome);
+    assert_checked(name, &outcome, least);
 }
 
 #[test]
@@ -194,18 +210,7 @@ fn nginx_is_unwound() {
     let _turn = machine::take();
     let server = Server::nginx(&server);
     let load = nginx_load(&wrk, server.port());
-    let watch = server.watch();
-    watch.wait_for_answers(50);
-    let session = Unfreed::attach(&[server.pid()])
-        .options(CHECKED)
-        .start()
-        .tracing();
-    watch.wait_for_answers(1000);
-    let outcome = session.stop();
-    let _ = watch.stop();
-    drop(load);
-    assert_unwound("nginx", &outcome);
-    assert_checked("nginx", &outcome, 2);
+    assert_unwound_under_load("nginx", &server, load, 2);
 }
 
 const NOBODY: u32 = 65534;

@@ -1,4 +1,5 @@
-//! What the BPF side tells the user side as it happens, through the ring buffer.
+//! What the BPF side tells the user side as it happens, through ring buffers: copied stacks through
+//! one of their own.
 
 use crate::pod;
 
@@ -37,7 +38,7 @@ pub enum StackEnd {
     Root = 0,
     /// As many frames as are wanted were taken.
     DepthLimit = 1,
-    /// The last frame's code has no unwind table, and keeps no frame pointer.
+    /// The last frame's code has no unwind table, or none yet, and its frame pointer leads nowhere.
     NoTable = 2,
     /// The last frame's address lies in no known code.
     UnknownCode = 3,
@@ -79,7 +80,7 @@ pub struct EventHeader {
     pub tgid: u32,
     /// Its instance.
     pub instance: u32,
-    /// Depends on the kind: [`StackEvent`] the site's id; exit the wait status.
+    /// Depends on the kind: of a stack or its copy the site's id; of an exit the wait status; else 0.
     pub detail: u32,
 }
 

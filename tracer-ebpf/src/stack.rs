@@ -34,7 +34,7 @@ const MAX_FRAME_BYTES: u64 = 1 << 20;
 
 /// Between two reports of unknown code of one instance.
 const UNKNOWN_CODE_INTERVAL_NS: u64 = 10_000_000;
-/// Between two copies of stacks of one instance: at most 16 MiB a second go through the ring buffer.
+/// Between two copies of stacks of one instance: at most 16 MiB a second go through the ring buffer of copies.
 const STACK_COPY_INTERVAL_NS: u64 = 2_000_000;
 
 /// A finished walk; gives its buffer back when told to.
@@ -133,8 +133,7 @@ impl Stack {
             // SAFETY: no argument.
             tgid: (unsafe { bpf_get_current_pid_tgid() } >> 32) as u32,
             instance,
-            // The page's number is enough to tell places apart.
-            detail: (unknown_code >> 12) as u32,
+            detail: 0,
         };
         // If there is no room, the next stack reports it.
         let _ = EVENTS.output::<EventHeader>(event, 0);

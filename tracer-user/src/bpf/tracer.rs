@@ -20,7 +20,7 @@ use tracer_common::{
     instance::{ARMED, Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey},
     missed::Missed,
-    site::Site,
+    site::{COPY_SENT, FRAMES_SENT, Site},
     unwind::Segment,
 };
 
@@ -71,7 +71,7 @@ impl Limits {
         copy_all_stacks: false,
     };
 
-    /// Kernel memory that the ledger and the site table take, in bytes.
+    /// Kernel memory that the ledger, the site table and the unwind tables take, in bytes.
     #[must_use]
     pub const fn kernel_bytes(&self) -> u64 {
         // Measured per element: key, value, hash link and bucket.
@@ -325,7 +325,7 @@ impl Tracer {
         // SAFETY: a live element of the mapping.
         unsafe {
             (&raw mut (*site).instance).write_volatile(instance);
-            (&raw mut (*site).stack_sent).write_volatile(1);
+            (&raw mut (*site).stack_sent).write_volatile(FRAMES_SENT | COPY_SENT);
         }
         Ok(id)
     }
