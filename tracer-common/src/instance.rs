@@ -42,8 +42,8 @@ pub struct Instance {
     pub segments: u64,
     /// When code outside of all segments was last reported, `CLOCK_MONOTONIC` in nanoseconds.
     pub unknown_code_at_ns: u64,
-    /// When a piece of stack was last copied for the user side, likewise.
-    pub stack_copied_at_ns: u64,
+    /// Until when the copies of stacks made for the user side are within their rate, likewise.
+    pub stack_copies_until_ns: u64,
     /// [`ARMED`], [`HELD`] and [`HELD_BY_LOADER`].
     pub flags: u32,
     /// Site that takes the blocks of stacks that found no place in the site table.

@@ -90,7 +90,7 @@ pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
 
 /// Memory of stacks for the user side: apart from [`EVENTS`], which many of them would fill.
 #[map]
-pub(crate) static COPIES: RingBuf = RingBuf::with_byte_size(1 << 22, 0);
+pub(crate) static COPIES: RingBuf = RingBuf::with_byte_size(1 << 23, 0);
 
 /// Empty, and stays so: see [`crate::probes::refuse_private_stack`].
 #[map]

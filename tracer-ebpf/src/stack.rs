@@ -34,8 +34,12 @@ const MAX_FRAME_BYTES: u64 = 1 << 20;
 
 /// Between two reports of unknown code of one instance.
 const UNKNOWN_CODE_INTERVAL_NS: u64 = 10_000_000;
-/// Between two copies of stacks of one instance: at most 16 MiB a second go through the ring buffer of copies.
+/// Between two copies of stacks of one instance in the long run: at most 16 MiB a second go through the
+/// ring buffer of copies.
 const STACK_COPY_INTERVAL_NS: u64 = 2_000_000;
+/// Copies that may come at once: as long as the tables of a new library are not there, nearly every
+/// stack is a new one that needs help.
+const STACK_COPY_BURST: u64 = 200;
 
 /// A finished walk; gives its buffer back when told to.
 pub(crate) struct Stack {
@@ -153,12 +157,28 @@ impl Stack {
     }
 }
 
-/// Whether it is time for another copy of a stack of an instance.
+/// Whether another stack of an instance may be copied now (a leaky bucket in the form of the generic
+/// cell rate algorithm, ITU-T I.371).
 #[inline(always)]
 pub(crate) fn may_copy(state: &Instance) -> bool {
-    let at = (&raw const state.stack_copied_at_ns).cast_mut();
-    // SAFETY: a field of a live map element.
-    CONFIG.load().copy_all_stacks != 0 || unsafe { is_due(at, STACK_COPY_INTERVAL_NS) }
+    if CONFIG.load().copy_all_stacks != 0 {
+        return true;
+    }
+    let paid_until = (&raw const state.stack_copies_until_ns).cast_mut();
+    // SAFETY: no argument, and a field of a live map element.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        let mut until = paid_until.read_volatile();
+        if until < now {
+            until = now;
+        }
+        if until - now > (STACK_COPY_BURST - 1) * STACK_COPY_INTERVAL_NS {
+            return false;
+        }
+        // Processors that ask at the same moment may pay for one copy only.
+        paid_until.write_volatile(until + STACK_COPY_INTERVAL_NS);
+    }
+    true
 }
 
 /// Copies the memory of the stack for the user side. False if there is no room.
