@@ -39,9 +39,33 @@ pub struct Config {
     pub max_depth: u32,
     /// Not 0 to copy the memory of complete stacks too, so that the user side can check them.
     pub copy_all_stacks: u32,
-    /// Makes the size a multiple of 8 bytes.
+    /// Makes the next field aligned.
     pub padding: u32,
+    /// Whose programs become instances when they are executed.
+    pub starts: Starts,
 }
 
-const _: () = assert!(size_of::<Config>() == 64);
+/// Which processes of the host become instances when they execute a program, before the user side has
+/// looked at them, which may leave them out again.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Starts {
+    /// Not 0 if there are any.
+    pub any: u32,
+    /// Not 0 if only those of the user `uid`.
+    pub by_user: u32,
+    /// The user's number.
+    pub uid: u32,
+    /// Not 0 if only those in the control group `cgroup` or below.
+    pub by_cgroup: u32,
+    /// Depth of that group below the root of the (version 2) hierarchy.
+    pub cgroup_level: u32,
+    /// Makes the next field aligned.
+    pub padding: u32,
+    /// The group's number, which is its directory's inode.
+    pub cgroup: u64,
+}
+
+const _: () = assert!(size_of::<Starts>() == 32);
+const _: () = assert!(size_of::<Config>() == 96);
 pod!(Config);

@@ -28,6 +28,12 @@ pub enum EventKind {
     UnknownCode = 6,
     /// The memory of a stack that the walk could not finish: a [`StackCopyEvent`].
     StackCopy = 7,
+    /// A followed process forked: the child is an instance of its own, and records. It has not run
+    /// yet.
+    Forked = 8,
+    /// A process executed a program: it is an instance of its own, and records what is probed already;
+    /// a [`StartedEvent`].
+    Started = 9,
 }
 
 /// Why a stack walk ended.
@@ -80,12 +86,26 @@ pub struct EventHeader {
     pub tgid: u32,
     /// Its instance.
     pub instance: u32,
-    /// Depends on the kind: of a stack or its copy the site's id; of an exit the wait status; else 0.
+    /// Depends on the kind: of a stack or its copy the site's id; of an exit the wait status; of a
+    /// fork the parent's instance; else 0.
     pub detail: u32,
 }
 
 const _: () = assert!(size_of::<EventHeader>() == 16);
 pod!(EventHeader);
+
+/// A process has executed a program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StartedEvent {
+    /// Kind [`EventKind::Started`].
+    pub header: EventHeader,
+    /// The kernel's short name of it, ended by a zero byte: it may be gone before anybody can look.
+    pub comm: [u8; 16],
+}
+
+const _: () = assert!(size_of::<StartedEvent>() == 32);
+pod!(StartedEvent);
 
 /// The frames of a new site. Only `depth` of them are sent.
 #[repr(C)]

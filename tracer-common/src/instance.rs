@@ -2,7 +2,7 @@
 
 use crate::pod;
 
-/// Instances that one session can have, ended ones included.
+/// Instances that one session can have at a time, those that ended and are not yet closed included.
 pub const MAX_INSTANCES: u32 = 16384;
 
 /// The instance records: every probe of it stands.
@@ -13,6 +13,9 @@ pub const HELD: u32 = 2;
 /// The process is stopped at the dynamic loader's reports too: all libraries are mapped then, and
 /// none has run.
 pub const HELD_BY_LOADER: u32 = 4;
+/// Processes that this one becomes or forks are instances of their own, which the kernel side opens
+/// before they run.
+pub const FOLLOWED: u32 = 8;
 
 /// Which instance a process works in; the value of the map keyed by tgid.
 #[repr(C)]
@@ -44,13 +47,13 @@ pub struct Instance {
     pub unknown_code_at_ns: u64,
     /// Until when the copies of stacks made for the user side are within their rate, likewise.
     pub stack_copies_until_ns: u64,
-    /// [`ARMED`], [`HELD`] and [`HELD_BY_LOADER`].
+    /// [`ARMED`], [`HELD`], [`HELD_BY_LOADER`] and [`FOLLOWED`].
     pub flags: u32,
     /// Site that takes the blocks of stacks that found no place in the site table.
     pub overflow_site: u32,
     /// Times that the process was stopped for the user side and not yet let go.
     pub stops: u32,
-    /// Children forked that are not traced.
+    /// Children forked that are not traced; none of one that is [`FOLLOWED`].
     pub forks: u32,
     /// Children that borrowed the memory until they called `exec` (vfork, posix_spawn).
     pub borrowers: u32,

@@ -59,9 +59,12 @@ missed_events! {
     /// A map operation failed for a reason that has no counter of its own.
     MapErrors = "map_errors":
         "ledger operations failed in the kernel; live figures may be off by as many blocks",
-    /// An exec or exit found no room in the ring buffer.
+    /// A process was to be traced, and there was no room for another one.
+    InstancesFull = "instances_full":
+        "processes were not traced because too many were at a time, or the site table was full (raise --max-sites)",
+    /// A fork, exec or exit found no room in the ring buffer.
     LifecycleDropped = "lifecycle_dropped":
-        "process events (exec, exit), perhaps of processes that are not traced, went unseen or could not be handed over",
+        "process events (fork, exec, exit), perhaps of processes that are not traced, went unseen or could not be handed over",
     /// A child of `unfreed run` could not be stopped, and ran on before its probes stood.
     NotHeld = "not_held":
         "times the program could not be held until its probes stood: its first allocations may be missing",

@@ -17,7 +17,7 @@ use tracer_common::{
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    maps::{CONFIG, EVENTS, LEDGER, SITE_COUNT, SITE_IDS, SITES},
+    maps::{CONFIG, EVENTS, FREE_SITES, LEDGER, SITE_COUNT, SITE_IDS, SITES},
     missed,
     stack::{self, Stack},
 };
@@ -263,22 +263,41 @@ fn header(kind: EventKind, instance: u32, detail: u32) -> EventHeader {
     }
 }
 
-/// Gives a new stack its site. Two processors that see the same stack first agree on the one that
-/// got into the map; the other's id stays unused.
+/// Id of a site that nobody has.
 #[inline(always)]
-fn new_site(key: SiteKey) -> Option<u32> {
+fn free_site() -> Option<u32> {
     let count = SITE_COUNT.get_ptr_mut(0)?;
     let max_sites = CONFIG.load().max_sites;
     // Looked at first, so that a full table does not make the counter wrap.
     // SAFETY: an aligned live map element.
-    if unsafe { count.read_volatile() } >= max_sites {
-        return None;
+    if unsafe { count.read_volatile() } < max_sites {
+        // SAFETY: as above.
+        let id = unsafe { fetch_add_u32(count, 1) };
+        if id < max_sites {
+            return Some(id);
+        }
     }
-    // SAFETY: as above.
-    let id = unsafe { fetch_add_u32(count, 1) };
-    if id >= max_sites {
-        return None;
+    FREE_SITES.pop().ok()?
+}
+
+/// Sets a site aside that takes the blocks of an instance whose stacks find no site.
+#[inline(always)]
+pub(crate) fn overflow_site(instance: u32) -> Option<u32> {
+    let id = free_site()?;
+    let site = SITES.get_ptr_mut(id)?;
+    // SAFETY: nobody else has this id yet.
+    unsafe {
+        (*site).instance = instance;
+        (*site).stack_sent = FRAMES_SENT | COPY_SENT;
     }
+    Some(id)
+}
+
+/// Gives a new stack its site. Two processors that see the same stack first agree on the one that
+/// got into the map; the other's id stays unused.
+#[inline(always)]
+fn new_site(key: SiteKey) -> Option<u32> {
+    let id = free_site()?;
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {

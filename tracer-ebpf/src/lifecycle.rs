@@ -1,20 +1,23 @@
 //! Opening and closing process instances: fork, exec, exit, and holding a child of `unfreed run`.
 
 use aya_ebpf::{
-    helpers::generated::{bpf_get_current_pid_tgid, bpf_send_signal},
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
+        bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_send_signal,
+    },
     macros::{raw_tracepoint, uprobe},
     programs::{ProbeContext, RawTracePointContext},
 };
 use tracer_common::{
-    event::{EventHeader, EventKind},
-    instance::{ARMED, HELD, HELD_BY_LOADER, Instance, Membership},
+    event::{EventHeader, EventKind, StartedEvent},
+    instance::{ARMED, FOLLOWED, HELD, HELD_BY_LOADER, Instance, Membership},
     missed::Missed,
 };
 
 use crate::{
     atomic::{add_u32, and_u32},
     kernel, ledger,
-    maps::{EVENTS, INSTANCES, PENDING, PROCESSES},
+    maps::{CONFIG, EVENTS, FREE_INSTANCES, INSTANCES, PENDING, PROCESSES},
     missed,
 };
 
@@ -72,6 +75,92 @@ fn close(tgid: u32, state: *mut Instance) {
     unsafe { and_u32(&raw mut (*state).flags, !ARMED) };
 }
 
+/// Opens an instance for a process that has not run in it yet, and begins to record it. With a
+/// parent, the code is the parent's.
+#[inline(always)]
+fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
+    let Ok(Some(instance)) = FREE_INSTANCES.pop() else {
+        missed::count(Missed::InstancesFull);
+        return None;
+    };
+    let Some(overflow_site) = ledger::overflow_site(instance) else {
+        let _ = FREE_INSTANCES.push(instance, 0);
+        missed::count(Missed::InstancesFull);
+        return None;
+    };
+    let state = INSTANCES.get_ptr_mut(instance)?;
+    // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
+    // side closes, after this process was told of.
+    unsafe {
+        let (segments, changes, seen) = match parent {
+            Some(parent) => (
+                (&raw const (*parent).segments).read_volatile(),
+                (*parent).code_changes,
+                (*parent).code_seen,
+            ),
+            None => (0, 0, 0),
+        };
+        (*state).armed_at_ns = bpf_ktime_get_ns();
+        (*state).trampoline = 0;
+        (*state).untracked_frees = 0;
+        (*state).segments = segments;
+        (*state).unknown_code_at_ns = 0;
+        (*state).stack_copies_until_ns = 0;
+        (*state).flags = ARMED | FOLLOWED;
+        (*state).overflow_site = overflow_site;
+        (*state).stops = 0;
+        (*state).forks = 0;
+        (*state).borrowers = 0;
+        (*state).code_changes = changes;
+        (*state).code_seen = seen;
+    }
+    let membership = Membership {
+        instance,
+        borrowed: 0,
+    };
+    if PROCESSES.insert(tgid, membership, 0).is_err() {
+        missed::count(Missed::InstancesFull);
+        return None;
+    }
+    Some(instance)
+}
+
+/// Whether the current process, which has executed a program, is one of those that are to be traced.
+#[inline(always)]
+fn is_wanted() -> bool {
+    let starts = CONFIG.load().starts;
+    if starts.any == 0 {
+        return false;
+    }
+    // SAFETY: no argument, and a number.
+    unsafe {
+        (starts.by_user == 0 || bpf_get_current_uid_gid() as u32 == starts.uid)
+            && (starts.by_cgroup == 0
+                || bpf_get_current_ancestor_cgroup_id(starts.cgroup_level as i32) == starts.cgroup)
+    }
+}
+
+/// The current process has executed a program: opens an instance for it.
+#[inline(always)]
+fn start(tgid: u32) -> Option<()> {
+    let instance = open(tgid, None)?;
+    let mut event = StartedEvent {
+        header: EventHeader {
+            kind: EventKind::Started as u32,
+            tgid,
+            instance,
+            detail: 0,
+        },
+        comm: [0; 16],
+    };
+    // SAFETY: room for as many bytes as are said. If it fails, there is no name.
+    unsafe { bpf_get_current_comm((&raw mut event.comm).cast(), 16) };
+    if EVENTS.output::<StartedEvent>(event, 0).is_err() {
+        missed::count(Missed::LifecycleDropped);
+    }
+    Some(())
+}
+
 /// The thread ends or its memory goes: a call it was in will not return.
 #[inline(always)]
 fn drop_pending(pid_tgid: u64) {
@@ -121,6 +210,12 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
         }
         return None;
     }
+    // SAFETY: a live map element.
+    if unsafe { (*state).flags } & FOLLOWED != 0 {
+        let instance = open(child, Some(state))?;
+        tell(EventKind::Forked, child, instance, parent.instance);
+        return Some(());
+    }
     // SAFETY: an aligned field of a live map element.
     unsafe { add_u32(&raw mut (*state).forks, 1) };
     Some(())
@@ -136,18 +231,25 @@ pub(crate) fn sched_process_exec(_ctx: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn exec() -> Option<()> {
     let (pid_tgid, tgid) = current();
-    let member = membership(tgid)?;
+    let Some(member) = membership(tgid) else {
+        return if is_wanted() { start(tgid) } else { None };
+    };
     drop_pending(pid_tgid);
+    let state = INSTANCES.get_ptr_mut(member.instance)?;
+    // SAFETY: a live map element.
+    let flags = unsafe { (*state).flags };
     if member.borrowed != 0 {
         let _ = PROCESSES.remove(tgid);
-        return None;
+    } else {
+        close(tgid, state);
+        tell(EventKind::Exec, tgid, member.instance, 0);
+        if flags & HELD != 0 {
+            hold(state);
+            return Some(());
+        }
     }
-    let state = INSTANCES.get_ptr_mut(member.instance)?;
-    close(tgid, state);
-    tell(EventKind::Exec, tgid, member.instance, 0);
-    // SAFETY: a live map element.
-    if unsafe { (*state).flags } & HELD != 0 {
-        hold(state);
+    if flags & FOLLOWED != 0 || is_wanted() {
+        start(tgid)?;
     }
     Some(())
 }

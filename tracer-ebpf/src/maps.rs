@@ -5,10 +5,10 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, ProgramArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray, Queue, RingBuf},
 };
 use tracer_common::{
-    config::Config,
+    config::{Config, Starts},
     event::StackEvent,
     instance::{Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey},
@@ -36,6 +36,15 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     max_depth: 0,
     copy_all_stacks: 0,
     padding: 0,
+    starts: Starts {
+        any: 0,
+        by_user: 0,
+        uid: 0,
+        by_cgroup: 0,
+        cgroup_level: 0,
+        padding: 0,
+        cgroup: 0,
+    },
 });
 
 /// tgid → the instance it works in. Processes that are not traced have no entry.
@@ -47,6 +56,10 @@ pub(crate) static PROCESSES: HashMap<u32, Membership> =
 #[map]
 pub(crate) static INSTANCES: Array<Instance> =
     Array::with_max_entries(MAX_INSTANCES, BPF_F_MMAPABLE);
+
+/// Numbers of instances that are free.
+#[map]
+pub(crate) static FREE_INSTANCES: Queue<u32> = Queue::with_max_entries(MAX_INSTANCES, 0);
 
 /// Live blocks. Preallocated: an insert costs 0.3 µs less, and cannot fail for want of memory.
 #[map]
@@ -63,7 +76,11 @@ pub(crate) static SITES: Array<Site> = Array::with_max_entries(1 << 14, BPF_F_MM
 
 /// Sites handed out so far (one element).
 #[map]
-pub(crate) static SITE_COUNT: Array<u32> = Array::with_max_entries(1, 0);
+pub(crate) static SITE_COUNT: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Ids of sites that were handed out and are free again.
+#[map]
+pub(crate) static FREE_SITES: Queue<u32> = Queue::with_max_entries(1 << 14, 0);
 
 /// pid_tgid → the allocator call that the thread is in. An entry stays until the thread ends, so
 /// that the steady state needs look-ups only.
@@ -101,8 +118,9 @@ pub(crate) static NO_PROGRAMS: ProgramArray = ProgramArray::with_max_entries(1, 
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCH_SLOTS, 0);
 
-/// Walks that can be under way on one processor.
-pub(crate) const SCRATCH_SLOTS: u32 = 4;
+/// Walks that can be under way on one processor. Under a hypervisor that has little time for it, a
+/// preemptible kernel had eight threads in the middle of one.
+pub(crate) const SCRATCH_SLOTS: u32 = 16;
 
 /// A walk's buffer: laid out as the event that it may become.
 #[repr(C)]

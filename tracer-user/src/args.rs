@@ -13,7 +13,8 @@ const EXAMPLES: &str = "\
 Examples:
   unfreed demo                          see what it does, on a leaking server of its own
   unfreed attach 4242                   trace a running process; Ctrl-C prints the report
-  unfreed attach 4242 --duration 60     the same, for a minute
+  unfreed attach nginx --duration 60    all processes of that name, for a minute
+  unfreed attach --all                  every process of the host, and those that come
   unfreed run -- ./server --port 80     trace a program from its first allocation to its exit
   unfreed doctor 4242                   what would be probed there, what it costs, is it safe";
 
@@ -76,12 +77,21 @@ Examples:
     #[command(after_help = "\
 A table is printed every --interval seconds; Ctrl-C, --duration, --count or the end of the
 processes ends the session with the final report. The processes run on undisturbed. With --format
-json only the final report is given. A process that starts another program (exec) is traced no
-further.
+json only the final report is given.
+
+A process is traced if any TARGET names it (all are without one), if it is in a --cgroup and a
+--container and of a --user that are given, and if no --exclude names it. Processes that come later
+and are meant are traced from their start. A process named by its PID that starts another program
+(exec) is traced no further, unless --follow is given.
 
 Examples:
   unfreed attach 4242
   unfreed attach 4242 4243 --duration 300 -T 20
+  unfreed attach nginx 'php-fpm*'         by name; * stands for any text
+  unfreed attach /usr/lib/postgresql/*    by the path of the program
+  unfreed attach --container web --duration 60
+  unfreed attach --cgroup system.slice/app.service
+  unfreed attach --all --exclude chrome
   unfreed attach 4242 --older 30000       only blocks that are older than half a minute
   unfreed attach 4242 --format json -o report.json --duration 60")]
     Attach(Attach),
@@ -170,6 +180,9 @@ pub struct TraceOptions {
     /// Keep unwind tables in DIR, so that they need not be built again; can be deleted at any time
     #[arg(long, value_name = "DIR", default_value = DEFAULT_CACHE_DIR)]
     pub cache_dir: PathBuf,
+    /// Trace what the processes fork and execute too
+    #[arg(long)]
+    pub follow: bool,
     /// Trace even where `unfreed doctor` says that it is dangerous
     #[arg(long)]
     pub force: bool,
@@ -193,6 +206,7 @@ impl Default for TraceOptions {
             symbol_prefix: None,
             max_live: DEFAULT_MAX_LIVE,
             max_sites: DEFAULT_MAX_SITES,
+            follow: false,
             force: false,
             perf_links: false,
             measure: None,
@@ -221,12 +235,32 @@ pub struct Run {
 /// `unfreed attach`.
 #[derive(Debug, ClapArgs)]
 pub struct Attach {
-    /// Processes to trace
-    #[arg(value_name = "PID", required_unless_present = "pid", value_parser = pid)]
-    pub pids: Vec<u32>,
+    /// Processes to trace: by PID, name (`nginx`, `php-fpm*`) or path of the program (with a slash)
+    #[arg(value_name = "TARGET", value_parser = target,
+          required_unless_present_any = ["pid", "cgroup", "container", "user", "all"])]
+    pub targets: Vec<String>,
     /// A process to trace (the same as naming it without -p)
     #[arg(short, long = "pid", value_name = "PID", value_parser = pid)]
     pub pid: Vec<u32>,
+    /// Trace the processes in this control group and below: a directory of the hierarchy, or a path in
+    /// it (may be repeated)
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Vec<String>,
+    /// Trace the processes of this container of Docker, containerd, CRI-O or Podman (may be repeated)
+    #[arg(long, value_name = "ID|NAME")]
+    pub container: Vec<String>,
+    /// Trace the processes of this user (may be repeated)
+    #[arg(long, value_name = "NAME|UID")]
+    pub user: Vec<String>,
+    /// Trace every process of the host
+    #[arg(long)]
+    pub all: bool,
+    /// Leave these processes out: PID, name or path as for TARGET (may be repeated)
+    #[arg(long, value_name = "TARGET", value_parser = target)]
+    pub exclude: Vec<String>,
+    /// Wait for processes if there are none yet
+    #[arg(long)]
+    pub wait: bool,
     /// Seconds between tables
     #[arg(long, value_name = "S", default_value = "10", value_parser = seconds)]
     pub interval: Duration,
@@ -247,11 +281,12 @@ pub struct Attach {
 impl Attach {
     /// Every process named, each once, in the order given.
     #[must_use]
-    pub fn all_pids(&self) -> Vec<u32> {
+    pub fn all_targets(&self) -> Vec<String> {
         let mut all = Vec::new();
-        for pid in self.pid.iter().chain(&self.pids) {
-            if !all.contains(pid) {
-                all.push(*pid);
+        let pids = self.pid.iter().map(u32::to_string);
+        for target in pids.chain(self.targets.iter().cloned()) {
+            if !all.contains(&target) {
+                all.push(target);
             }
         }
         all
@@ -291,6 +326,20 @@ fn pid(text: &str) -> Result<u32, String> {
     }
 }
 
+/// A process's number, name or path.
+fn target(text: &str) -> Result<String, String> {
+    let is_number = text
+        .strip_prefix('-')
+        .unwrap_or(text)
+        .parse::<u64>()
+        .is_ok();
+    match is_number {
+        true => pid(text).map(|pid| pid.to_string()),
+        false if text.is_empty() => Err("it names no process".to_owned()),
+        false => Ok(text.to_owned()),
+    }
+}
+
 /// At least one site.
 fn limit(text: &str) -> Result<usize, String> {
     match text.parse() {
@@ -327,7 +376,7 @@ mod tests {
         let Command::Attach(attach) = args.command else {
             panic!("not attach")
         };
-        assert_eq!(attach.all_pids(), [7, 8]);
+        assert_eq!(attach.all_targets(), ["7", "8"]);
     }
 
     #[test]

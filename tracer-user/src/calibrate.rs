@@ -13,7 +13,7 @@ use tracer_common::alloc_spec::AllocSpec;
 
 use crate::{
     bpf::{
-        links::{self, Point, ProbeProgram},
+        links::{self, Point, ProbeProgram, Scope},
         tracer::Tracer,
     },
     discover::{maps::Mapping, process::Process},
@@ -89,7 +89,7 @@ pub fn measure(tracer: &mut Tracer) -> anyhow::Result<ProbeCost> {
     let bare = time_of(targets::emulated, CALLS);
     let mut links = Vec::new();
     let mut attach = |program, points: &[Point]| -> anyhow::Result<()> {
-        links.extend(tracer.attach(program, &file, points, pid)?);
+        links.extend(tracer.attach(program, &file, points, Scope::Process(pid))?);
         Ok(())
     };
     let attached = attach(

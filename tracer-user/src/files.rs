@@ -259,6 +259,16 @@ impl AddressSpace {
         Ok(changed)
     }
 
+    /// What a child has mapped that was forked just now.
+    #[must_use]
+    pub fn forked(&self) -> Self {
+        Self {
+            segments: self.segments.clone(),
+            version: self.version,
+            perf_map: None,
+        }
+    }
+
     /// Where a return address is. The code that it returns to is that of the call before it, which
     /// may be the last instruction of its segment. Code that the process made is asked for its name
     /// now, as it may be elsewhere tomorrow.

@@ -7,6 +7,7 @@
 //! writes it down. [`commands`] are the verbs, [`args`] their command line.
 
 pub mod args;
+pub mod attachments;
 pub mod bpf;
 pub mod calibrate;
 pub mod cgroup;
@@ -14,6 +15,7 @@ pub mod commands;
 pub mod diagnostics;
 pub mod discover;
 pub mod files;
+pub mod glob;
 pub mod host;
 pub mod preflight;
 pub mod probe_point;

@@ -301,6 +301,19 @@ pub fn permit(pid: u32, dangers: &[Danger], force: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Fails if probes that are for all processes would kill some on this host, now or later.
+pub fn permit_shared(host: &Host, force: bool) -> anyhow::Result<()> {
+    let danger = seccomp(host)
+        .or_else(|| breaks_shadow_stacks(host.version).then_some(Danger::ShadowStackKillsReturns));
+    match danger {
+        Some(danger) if !force => bail!(
+            "probes for all processes are not safe on this kernel, as there may be one of which this \
+             holds: {danger}; name processes by their PID, or --force overrides"
+        ),
+        _ => Ok(()),
+    }
+}
+
 fn seccomp(host: &Host) -> Option<Danger> {
     match host.uretprobe_syscall {
         Some(UretprobeSyscall::Absent | UretprobeSyscall::PassesSeccomp) => None,

@@ -87,14 +87,7 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
     totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
     totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
     let mut sites: Vec<_> = sites.into_values().collect();
-    sites.sort_by(|a, b| {
-        (b.live_bytes, b.live_blocks, b.alloc_bytes, &a.id).cmp(&(
-            a.live_bytes,
-            a.live_blocks,
-            a.alloc_bytes,
-            &b.id,
-        ))
-    });
+    SiteReport::sort(&mut sites);
     let traced_ns = match figures.state.armed_at_ns {
         0 => 0,
         armed_at_ns => figures.now_ns.saturating_sub(armed_at_ns),
@@ -103,6 +96,8 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         pid: target.process.pid,
         exe: target.process.exe.display().to_string(),
         comm: target.process.comm.clone(),
+        labels: target.process.labels.clone(),
+        from_start: target.from_start,
         duration_s: traced_ns as f64 / 1e9,
         exit: match target.end {
             Some(End::Exited(exit)) => Some(exit),

@@ -1,24 +1,26 @@
 //! One traced process instance: its probes, and what it has mapped.
 
 use std::{
-    collections::HashSet,
-    num::NonZeroU32,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail};
-use tracer_common::unwind;
+use anyhow::bail;
+use tracer_common::{instance::Instance, site::Site, unwind};
 
 use crate::{
+    attachments::Attachments,
     bpf::{
-        links::{Link, Measure, Point, ProbeProgram},
+        links::Link,
         tracer::{Tracer, monotonic_ns},
     },
-    discover::{allocators::Call, module::FileId, process::Process},
+    discover::{module::FileId, process::Process},
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
     report::Exit,
+    stacks::Stack,
+    summary::Ages,
     unwind::{
         copies::{Codes, Copy, Unwinder},
         library::Library,
@@ -41,6 +43,19 @@ pub enum End {
     Gone,
 }
 
+/// The figures of a process instance that has ended.
+#[derive(Debug)]
+pub struct Closed {
+    /// Its state on the kernel side at the end.
+    pub state: Instance,
+    /// Its sites, by the ids that they had.
+    pub sites: Vec<(u32, Site)>,
+    /// Their stacks.
+    pub stacks: HashMap<u32, Stack>,
+    /// Ages of the blocks that it did not free.
+    pub ages: HashMap<u32, Ages>,
+}
+
 /// A process instance that is traced.
 #[derive(Debug)]
 pub struct Target {
@@ -59,8 +74,17 @@ pub struct Target {
     pub main_thread_exited: bool,
     /// Highest bytes not freed at an interval's end.
     pub peak_live_bytes: u64,
+    /// Whether it is recorded from its first instruction on, by all probes that it hits.
+    pub from_start: bool,
+    /// Whether its end was told.
+    pub is_told: bool,
+    /// What it did, once it has ended and its place is another's.
+    pub closed: Option<Box<Closed>>,
+    /// Whether its code is not what was published.
+    pub is_unpublished: bool,
+    /// Probes that are for it alone.
     links: Vec<Link>,
-    loader_hook: Vec<Link>,
+    had_own_probes: bool,
     /// For stacks that the kernel side could not finish.
     unwinder: Option<Unwinder>,
     /// What the kernel side knows of the code.
@@ -78,7 +102,13 @@ impl Target {
     /// Opens an instance for a process. Nothing is probed yet.
     pub fn open(tracer: &mut Tracer, process: Process, flags: u32) -> anyhow::Result<Self> {
         let instance = tracer.open_instance(process.pid, flags)?;
-        Ok(Self {
+        Ok(Self::of_instance(process, instance))
+    }
+
+    /// A process whose instance the kernel side opened as it executed its program, and which it records.
+    #[must_use]
+    pub fn of_instance(process: Process, instance: u32) -> Self {
+        Self {
             process,
             instance,
             space: AddressSpace::default(),
@@ -86,8 +116,12 @@ impl Target {
             end_ns: None,
             main_thread_exited: false,
             peak_live_bytes: 0,
+            from_start: false,
+            is_told: false,
+            closed: None,
+            is_unpublished: true,
             links: Vec::new(),
-            loader_hook: Vec::new(),
+            had_own_probes: false,
             unwinder: None,
             published: Vec::new(),
             code_changes: 0,
@@ -95,7 +129,22 @@ impl Target {
             wait_for_look: LEAST_WAIT,
             probed: HashSet::new(),
             probes: 0,
-        })
+        }
+    }
+
+    /// A child that a traced process forked, which the kernel side records. It has what its parent has.
+    #[must_use]
+    pub fn forked(tracer: &mut Tracer, parent: &Self, pid: u32, instance: u32) -> Self {
+        let mut child = Self::of_instance(parent.process.forked(pid), instance);
+        child.space = parent.space.forked();
+        child.code_changes = tracer.code_changes(instance);
+        if tracer.inherit_code(instance) {
+            child.published.clone_from(&parent.published);
+        }
+        child.probed.clone_from(&parent.probed);
+        child.probes = parent.probes;
+        child.from_start = true;
+        child
     }
 
     /// Looks at what is mapped now. If the process is gone, what was known stays.
@@ -114,6 +163,7 @@ impl Target {
         let changes = tracer.code_changes(self.instance);
         match self.space.refresh(self.process.pid, files) {
             Ok(changed) => {
+                self.is_unpublished = true;
                 self.code_changes = changes;
                 changed
             }
@@ -156,6 +206,7 @@ impl Target {
     /// Has the kernel side know what code is mapped and by which tables it is unwound. Gives whether
     /// it knew of other code before.
     pub fn publish_code(&mut self, tracer: &mut Tracer, library: &Library) -> bool {
+        self.is_unpublished = false;
         let segments = match self.end {
             None => library.segments(&self.space, &self.process.exe),
             Some(_) => Vec::new(),
@@ -177,31 +228,36 @@ impl Target {
         !replaced.is_empty()
     }
 
-    fn pid(&self) -> anyhow::Result<NonZeroU32> {
-        NonZeroU32::new(self.process.pid).context("there is no process with PID 0")
+    /// Gives the room of its code segments to others.
+    pub fn forget_code(&mut self, tracer: &mut Tracer) {
+        if !std::mem::take(&mut self.published).is_empty() {
+            tracer.publish(self.instance, &[]);
+        }
+        self.space = AddressSpace::default();
+        self.unwinder = None;
     }
 
     /// Probes every allocator that is mapped and not yet probed; with `only`, just those in files
-    /// of that name, and with `measure` by programs that only do that. Gives how many functions are
-    /// probed in all.
+    /// of that name. Gives how many functions are probed in all.
     pub fn probe_allocators(
         &mut self,
         tracer: &mut Tracer,
         files: &mut Files,
+        attachments: &mut Attachments,
         only: Option<&PathBuf>,
-        measure: Option<Measure>,
     ) -> anyhow::Result<usize> {
         loop {
             let probed = self.probed.len();
             let changes = tracer.code_changes(self.instance);
             self.space.refresh(self.process.pid, files)?;
+            self.is_unpublished = true;
             self.code_changes = changes;
             for segment in self.space.segments().to_vec() {
                 if let Some(file) = &segment.file
                     && segment.is_mapped
                     && only.is_none_or(|only| is_named(&file.path, only))
                 {
-                    self.probe(tracer, &segment, file, measure)?;
+                    self.probe(tracer, attachments, &segment, file)?;
                 }
             }
             // What was mapped while these were attached is found the next time round.
@@ -214,9 +270,9 @@ impl Target {
     fn probe(
         &mut self,
         tracer: &mut Tracer,
+        attachments: &mut Attachments,
         segment: &Segment,
         file: &KnownFile,
-        measure: Option<Measure>,
     ) -> anyhow::Result<()> {
         let (Ok(module), Some(part)) = (&file.module, segment.mapping.file()) else {
             return Ok(());
@@ -224,33 +280,10 @@ impl Target {
         if !module.has_allocator() || !self.probed.insert(part.file) {
             return Ok(());
         }
-        let pid = self.pid()?;
-        let path = segment.mapping.map_file(self.process.pid);
-        let points = |wanted: fn(Call) -> bool| -> Vec<Point> {
-            module
-                .functions
-                .iter()
-                .filter(|function| wanted(function.call))
-                .map(|function| Point {
-                    file_offset: function.probe_file_offset(),
-                    cookie: function.spec().to_cookie(),
-                })
-                .collect()
-        };
-        let allocating = points(Call::returns);
-        for (program, points) in [
-            (ProbeProgram::AllocExit, &allocating),
-            (ProbeProgram::AllocEnter, &allocating),
-            (
-                ProbeProgram::FreeEnter,
-                &points(|call| matches!(call, Call::Free { .. })),
-            ),
-            (ProbeProgram::JumpEnter, &points(|call| call == Call::Jump)),
-        ] {
-            let program = measure.map_or(program, |measure| program.measuring(measure));
-            self.links
-                .extend(tracer.attach(program, &path, points, pid)?);
-        }
+        let pid = self.process.pid;
+        let links = attachments.probe(tracer, pid, segment, module)?;
+        self.had_own_probes |= !links.is_empty();
+        self.links.extend(links);
         self.probes += module.allocator_functions();
         log::info!(
             "PID {pid}: probing {} functions of {}",
@@ -263,6 +296,7 @@ impl Target {
     /// Notes that the instance has ended, just now.
     pub fn ended(&mut self, end: End) {
         self.end = Some(end);
+        self.is_unpublished = true;
         self.end_ns.get_or_insert_with(monotonic_ns);
     }
 
@@ -274,8 +308,11 @@ impl Target {
 
     /// Has the process's dynamic loader tell whenever it mapped or unmapped libraries. False if no
     /// loader is mapped.
-    pub fn hook_loader(&mut self, tracer: &mut Tracer) -> anyhow::Result<bool> {
-        let pid = self.pid()?;
+    pub fn hook_loader(
+        &mut self,
+        tracer: &mut Tracer,
+        attachments: &mut Attachments,
+    ) -> anyhow::Result<bool> {
         for segment in self.space.segments() {
             let Some(Ok(module)) = segment.file.as_ref().map(|file| &file.module) else {
                 continue;
@@ -283,12 +320,8 @@ impl Target {
             let Some(file_offset) = module.loader_report else {
                 continue;
             };
-            let path = segment.mapping.map_file(self.process.pid);
-            let point = [Point {
-                file_offset,
-                cookie: 0,
-            }];
-            self.loader_hook = tracer.attach(ProbeProgram::LoaderReport, &path, &point, pid)?;
+            let links = attachments.hook_loader(tracer, self.process.pid, segment, file_offset)?;
+            self.links.extend(links);
             return Ok(true);
         }
         Ok(false)
@@ -329,17 +362,21 @@ impl Target {
         }
     }
 
-    /// Whether any probe stands.
+    /// Whether probes stand that are for this process alone.
     #[must_use]
-    pub fn is_probed(&self) -> bool {
+    pub fn has_own_probes(&self) -> bool {
         !self.links.is_empty()
+    }
+
+    /// Whether every probe that it hits is for all processes.
+    #[must_use]
+    pub const fn shares_probes(&self) -> bool {
+        self.probes > 0 && !self.had_own_probes
     }
 
     /// Ends recording and gives the probes to be taken away.
     pub fn disarm(&mut self, tracer: &Tracer) -> Vec<Link> {
         tracer.disarm(self.instance);
-        let mut links = std::mem::take(&mut self.links);
-        links.append(&mut self.loader_hook);
-        links
+        std::mem::take(&mut self.links)
     }
 }

@@ -107,6 +107,15 @@ pub struct Point {
     pub cookie: u64,
 }
 
+/// Which processes a probe is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// One.
+    Process(NonZeroU32),
+    /// All that have the file mapped, now or later. The programs leave out those without an instance.
+    All,
+}
+
 /// An attachment; dropping it takes the probes away.
 #[derive(Debug)]
 pub enum Link {
@@ -158,8 +167,8 @@ impl Attacher {
         Ok(Self::Perf)
     }
 
-    /// Whether calls of a vfork child are seen, which works in its parent's memory under a PID of
-    /// its own: `uprobe_multi` links compare the PID, perf links the memory.
+    /// Whether a probe for one process sees calls of its vfork child, which works in its memory under
+    /// a PID of its own: `uprobe_multi` links compare the PID, perf links the memory.
     #[must_use]
     pub const fn sees_vfork(&self) -> bool {
         matches!(self, Self::Perf)
@@ -174,25 +183,19 @@ impl Attacher {
         }
     }
 
-    /// Attaches a program at points of a file, for one process.
+    /// Attaches a program at points of a file.
     pub fn attach(
         &self,
         ebpf: &mut Ebpf,
         program: ProbeProgram,
         file: &Path,
         points: &[Point],
-        pid: NonZeroU32,
+        scope: Scope,
     ) -> anyhow::Result<Vec<Link>> {
         if points.is_empty() {
             return Ok(Vec::new());
         }
-        let context = || {
-            format!(
-                "failed to attach {} to {} of PID {pid}",
-                program.name(),
-                file.display()
-            )
-        };
+        let context = || format!("failed to attach {} to {}", program.name(), file.display());
         match self {
             Self::Multi(programs) => {
                 let points: Vec<_> = points
@@ -205,13 +208,20 @@ impl Attacher {
                         file,
                         &points,
                         program.is_return(),
-                        pid.get(),
+                        match scope {
+                            Scope::Process(pid) => pid.get(),
+                            Scope::All => 0,
+                        },
                     )
                     .with_context(context)?;
                 Ok(vec![Link::Multi(link)])
             }
             Self::Perf => {
                 let uprobe = uprobe(ebpf, program.name())?;
+                let uprobe_scope = match scope {
+                    Scope::Process(pid) => UProbeScope::OneProcess(pid),
+                    Scope::All => UProbeScope::AllProcesses,
+                };
                 let mut links = Vec::new();
                 for point in points {
                     let at = UProbeAttachPoint {
@@ -219,7 +229,7 @@ impl Attacher {
                         cookie: Some(point.cookie),
                     };
                     let id = uprobe
-                        .attach(at, file, UProbeScope::OneProcess(pid))
+                        .attach(at, file, uprobe_scope)
                         .with_context(context)?;
                     links.push(Link::Perf(uprobe.take_link(id).with_context(context)?));
                 }

@@ -111,7 +111,8 @@ pub(super) fn program_info(
     Ok(info)
 }
 
-/// Attaches a program to several offsets of a file at once; only the given process is seen.
+/// Attaches a program to several offsets of a file at once; only the given process is seen, or all if
+/// that is 0.
 pub(super) fn link_uprobe_multi(
     program: BorrowedFd<'_>,
     path: &CStr,

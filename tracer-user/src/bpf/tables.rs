@@ -2,7 +2,7 @@
 //! are under way.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -33,6 +33,9 @@ pub struct UnwindMaps {
     chunks: Room,
     segments: MappedArray<Segment>,
     places: Room,
+    /// How many instances have the segments from a place on, which children share with who forked
+    /// them.
+    users: HashMap<u32, u32>,
 }
 
 impl UnwindMaps {
@@ -46,6 +49,7 @@ impl UnwindMaps {
             tables,
             places: Room::new(u32::try_from(segments.elements())?),
             segments,
+            users: HashMap::new(),
         })
     }
 
@@ -79,13 +83,38 @@ impl UnwindMaps {
                     .write_volatile(*segment);
             }
         }
+        if count > 0 {
+            self.users.insert(first, 1);
+        }
         Some(u64::from(count) << 32 | u64::from(first))
     }
 
-    /// Gives the room of replaced segments back: what [`UnwindMaps::place`] gave.
+    /// Has another instance use segments: what [`UnwindMaps::place`] gave. False if nobody uses them
+    /// any more.
+    pub fn share(&mut self, segments: u64) -> bool {
+        if segments >> 32 == 0 {
+            return false;
+        }
+        let users = self.users.get_mut(&(segments as u32));
+        users.is_some_and(|users| {
+            *users += 1;
+            true
+        })
+    }
+
+    /// Ends one instance's use of segments. Their room is given back with the last.
     pub fn displace(&mut self, segments: u64) {
-        self.places
-            .give_back(segments as u32, (segments >> 32) as u32);
+        let (first, count) = (segments as u32, (segments >> 32) as u32);
+        if count == 0 {
+            return;
+        }
+        if let Some(users) = self.users.get_mut(&first) {
+            *users -= 1;
+            if *users == 0 {
+                self.users.remove(&first);
+                self.places.give_back(first, count);
+            }
+        }
     }
 
     /// Bytes of tables in the kernel.

@@ -1,7 +1,7 @@
 //! The loaded BPF programs and maps of one session.
 
 use std::{
-    num::NonZeroU32,
+    collections::HashSet,
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::Path,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
@@ -9,24 +9,24 @@ use std::{
 
 use anyhow::{Context as _, anyhow, bail};
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf},
+    Ebpf, EbpfError, EbpfLoader, Pod,
+    maps::{HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
     programs::RawTracePoint,
 };
 use aya_log::EbpfLogger;
 use serde::Serialize;
 use tracer_common::{
-    config::{CONFIG_SYMBOL, Config},
+    config::{CONFIG_SYMBOL, Config, Starts},
     instance::{ARMED, Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey},
     missed::Missed,
-    site::{COPY_SENT, FRAMES_SENT, Site},
+    site::{COPY_SENT, FRAMES_SENT, Site, SiteKey},
     unwind::Segment,
 };
 
 use super::{
     kernel_types,
-    links::{Attacher, Link, Point, ProbeProgram},
+    links::{Attacher, Link, Point, ProbeProgram, Scope},
     maps::{MappedArray, for_each},
     tables::{CHUNK_BYTES, UnwindMaps},
 };
@@ -57,6 +57,8 @@ pub struct Limits {
     pub unwind_bytes: u64,
     /// Whether the memory of complete stacks is copied too, so that they can be checked.
     pub copy_all_stacks: bool,
+    /// Which processes are recorded from when they execute a program on.
+    pub starts: Starts,
 }
 
 impl Limits {
@@ -69,6 +71,15 @@ impl Limits {
         max_depth: 1,
         unwind_bytes: CHUNK_BYTES,
         copy_all_stacks: false,
+        starts: Starts {
+            any: 0,
+            by_user: 0,
+            uid: 0,
+            by_cgroup: 0,
+            cgroup_level: 0,
+            padding: 0,
+            cgroup: 0,
+        },
     };
 
     /// Kernel memory that the ledger, the site table and the unwind tables take, in bytes.
@@ -117,8 +128,9 @@ pub struct Tracer {
     attacher: Attacher,
     unwind: UnwindMaps,
     instances: MappedArray<Instance>,
-    next_instance: u32,
     sites: MappedArray<Site>,
+    /// One element: how many sites were handed out.
+    site_count: MappedArray<u64>,
     max_sites: u32,
     /// Diagnostics of the programs, where they are asked for.
     log: Option<EbpfLogger<&'static dyn log::Log>>,
@@ -139,6 +151,7 @@ impl Tracer {
             max_sites: limits.max_sites,
             max_depth: limits.max_depth,
             copy_all_stacks: u32::from(limits.copy_all_stacks),
+            starts: limits.starts,
             ..Config::default()
         };
         kernel_types::offsets(&mut config)?;
@@ -154,6 +167,7 @@ impl Tracer {
             .map_max_entries("LEDGER", limits.max_live_blocks)
             .map_max_entries("SITES", limits.max_sites)
             .map_max_entries("SITE_IDS", limits.max_sites)
+            .map_max_entries("FREE_SITES", limits.max_sites)
             .map_max_entries("TABLES", limits.table_chunks())
             .map_max_entries("SEGMENTS", SEGMENTS)
             .load(OBJECT)
@@ -180,20 +194,29 @@ impl Tracer {
             .context("failed to map the instances")?;
         let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
             .context("failed to map the sites")?;
+        let site_count = MappedArray::new(data(&ebpf, "SITE_COUNT")?, 1)
+            .context("failed to map the count of sites")?;
         let tables = MappedArray::new(data(&ebpf, "TABLES")?, limits.table_chunks() as usize)
             .context("failed to map the unwind tables")?;
         let segments = MappedArray::new(data(&ebpf, "SEGMENTS")?, SEGMENTS as usize)
             .context("failed to map the code segments")?;
-        Ok(Self {
+        let mut tracer = Self {
             ebpf,
             attacher,
             unwind: UnwindMaps::new(tables, segments)?,
             instances,
-            next_instance: 0,
             sites,
+            site_count,
             max_sites: limits.max_sites,
             log,
-        })
+        };
+        let mut free = tracer.queue("FREE_INSTANCES")?;
+        // 0 is nobody's: so a site that was never used, or is free again, looks.
+        for instance in 1..MAX_INSTANCES {
+            free.push(instance, 0)
+                .context("failed to number the instances")?;
+        }
+        Ok(tracer)
     }
 
     /// Hands what the programs logged on to our own log.
@@ -263,25 +286,35 @@ impl Tracer {
         Ok(left_out)
     }
 
-    /// Attaches a program at points of a file, for one process.
+    /// Attaches a program at points of a file, for one process or for all.
     pub fn attach(
         &mut self,
         program: ProbeProgram,
         file: &Path,
         points: &[Point],
-        pid: NonZeroU32,
+        scope: Scope,
     ) -> anyhow::Result<Vec<Link>> {
         self.attacher
-            .attach(&mut self.ebpf, program, file, points, pid)
+            .attach(&mut self.ebpf, program, file, points, scope)
+    }
+
+    fn queue(&mut self, name: &str) -> anyhow::Result<Queue<&mut MapData, u32>> {
+        let map = self
+            .ebpf
+            .map_mut(name)
+            .ok_or_else(|| anyhow!("no map {name}"))?;
+        Ok(Queue::try_from(map)?)
     }
 
     /// Opens an instance for a process; it does not record before [`Tracer::arm`].
     pub fn open_instance(&mut self, pid: u32, flags: u32) -> anyhow::Result<u32> {
-        let instance = self.next_instance;
-        if instance >= MAX_INSTANCES {
-            bail!("more than {MAX_INSTANCES} processes in one session");
-        }
-        self.next_instance += 1;
+        let instance = match self.queue("FREE_INSTANCES")?.pop(0) {
+            Ok(instance) => instance,
+            Err(MapError::ElementNotFound | MapError::KeyNotFound) => {
+                bail!("more than {MAX_INSTANCES} processes at a time")
+            }
+            Err(error) => return Err(error).context("failed to open a process instance"),
+        };
         let overflow_site = self.reserve_site(instance)?;
         let state = Instance {
             flags,
@@ -307,27 +340,93 @@ impl Tracer {
         Ok(instance)
     }
 
+    /// Records no more of a process, which may go on, or be gone.
+    pub fn forget_process(&mut self, pid: u32, instance: u32) -> anyhow::Result<()> {
+        self.disarm(instance);
+        let mut processes = self.processes()?;
+        // Another process may have the number by now.
+        if processes
+            .get(&pid, 0)
+            .is_ok_and(|member| member.instance == instance)
+        {
+            remove(&mut processes, &pid).context("failed to forget a process")?;
+        }
+        Ok(())
+    }
+
+    /// The instance that a process is now.
+    pub fn instance_of(&mut self, pid: u32) -> anyhow::Result<Option<u32>> {
+        let processes = self.processes()?;
+        Ok(processes.get(&pid, 0).ok().map(|member| member.instance))
+    }
+
+    fn site_counter(&self) -> &AtomicU32 {
+        // SAFETY: an aligned word of a mapping that lives as long as `self`; programs change it
+        // atomically.
+        unsafe { AtomicU32::from_ptr(self.site_count.pointer(0).cast()) }
+    }
+
     /// Sets a site aside that takes an instance's blocks when the table is full.
     fn reserve_site(&mut self, instance: u32) -> anyhow::Result<u32> {
-        let map = self
-            .ebpf
-            .map_mut("SITE_COUNT")
-            .ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
-        let mut count: Array<&mut MapData, u32> = Array::try_from(map)?;
-        let id = count.get(&0, 0)?;
-        if id >= self.max_sites {
-            bail!("the site table is full (raise --max-sites)");
-        }
-        // No instance records yet that could take an id at the same time: `attach` opens all before
-        // it arms any, and under `run` the only process stands.
-        count.set(0, id + 1, 0)?;
+        let max_sites = self.max_sites;
+        let next = self
+            .site_counter()
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| {
+                (count < max_sites).then_some(count + 1)
+            });
+        let id = match next {
+            Ok(id) => id,
+            Err(_) => self.queue("FREE_SITES")?.pop(0).map_err(|error| {
+                anyhow!(error).context("the site table is full (raise --max-sites)")
+            })?,
+        };
         let site = self.sites.pointer(id as usize);
-        // SAFETY: a live element of the mapping.
+        // SAFETY: a live element of the mapping, which nobody else uses.
         unsafe {
             (&raw mut (*site).instance).write_volatile(instance);
             (&raw mut (*site).stack_sent).write_volatile(FRAMES_SENT | COPY_SENT);
         }
         Ok(id)
+    }
+
+    /// Gives the numbers of ended instances free, and of their sites. Their blocks are out of the
+    /// ledger.
+    pub fn recycle(&mut self, instances: &HashSet<u32>) -> anyhow::Result<()> {
+        for id in 0..self.site_count() {
+            let site = self.sites.pointer(id as usize);
+            // SAFETY: a live element of the mapping.
+            let (instance, stack_hash) = unsafe {
+                (
+                    (&raw const (*site).instance).read_volatile(),
+                    (&raw const (*site).stack_hash).read_volatile(),
+                )
+            };
+            if !instances.contains(&instance) {
+                continue;
+            }
+            let key = SiteKey {
+                stack_hash,
+                instance: u64::from(instance),
+            };
+            let map = self
+                .ebpf
+                .map_mut("SITE_IDS")
+                .ok_or_else(|| anyhow!("no map SITE_IDS"))?;
+            let mut ids: HashMap<&mut MapData, SiteKey, u32> = HashMap::try_from(map)?;
+            // An overflow site has no entry.
+            remove(&mut ids, &key).context("failed to free a site")?;
+            // SAFETY: no thread of the instance is left that could use it, and nobody has its id.
+            unsafe { site.write_bytes(0, 1) };
+            self.queue("FREE_SITES")?
+                .push(id, 0)
+                .context("failed to free a site")?;
+        }
+        let mut free = self.queue("FREE_INSTANCES")?;
+        for instance in instances {
+            free.push(instance, 0)
+                .context("failed to free a process instance")?;
+        }
+        Ok(())
     }
 
     fn flags(&self, instance: u32) -> &AtomicU32 {
@@ -384,6 +483,13 @@ impl Tracer {
             .store(changes, Ordering::SeqCst);
     }
 
+    /// Has an instance keep the code segments that it inherited from the one that it was forked from.
+    /// False if they are no more.
+    pub fn inherit_code(&mut self, instance: u32) -> bool {
+        let inherited = self.instance(instance).segments;
+        self.unwind.share(inherited)
+    }
+
     /// Replaces the code segments of an instance. False, and nothing changes, if there is no room.
     pub fn publish(&mut self, instance: u32, segments: &[Segment]) -> bool {
         let Some(placed) = self.unwind.place(segments) else {
@@ -419,20 +525,26 @@ impl Tracer {
         Ok(HashMap::try_from(map)?)
     }
 
-    /// Sites handed out so far.
-    pub fn site_count(&self) -> anyhow::Result<u32> {
-        let map = self
-            .ebpf
-            .map("SITE_COUNT")
-            .ok_or_else(|| anyhow!("no map SITE_COUNT"))?;
-        let count: Array<&MapData, u32> = Array::try_from(map)?;
-        Ok(count.get(&0, 0)?.min(self.max_sites))
+    /// Ids of sites are below this.
+    #[must_use]
+    pub fn site_count(&self) -> u32 {
+        self.site_counter()
+            .load(Ordering::SeqCst)
+            .min(self.max_sites)
     }
 
     /// Counters of a site.
     #[must_use]
     pub fn site(&self, id: u32) -> Site {
         self.sites.read(id as usize)
+    }
+
+    /// Whether a site has allocated anything: most of a site's kilobyte need not be read else.
+    #[must_use]
+    pub fn has_allocated(&self, id: u32) -> bool {
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: a field of a live element of the mapping.
+        unsafe { (&raw const (*site).allocs).read_volatile() > 0 }
     }
 
     /// A site's instance, and its bytes not freed. Reads only these: a site is a kilobyte, and this
@@ -478,12 +590,13 @@ impl Tracer {
             .context("failed to read the ledger")
     }
 
-    /// Takes the live blocks of an ended instance out of the ledger, so that they take no room.
-    pub fn purge(&mut self, instance: u32) -> anyhow::Result<Vec<Block>> {
+    /// Takes the live blocks of ended instances out of the ledger, so that they take no room.
+    pub fn purge(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<(u32, Block)>> {
         let mut found = Vec::new();
         self.for_each_block(|key, block| {
-            if key.instance == u64::from(instance) {
-                found.push((key, block));
+            let instance = key.instance as u32;
+            if instances.contains(&instance) {
+                found.push((key, instance, block));
             }
         })?;
         let map = self
@@ -492,14 +605,29 @@ impl Tracer {
             .ok_or_else(|| anyhow!("no map LEDGER"))?;
         let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
         let mut blocks = Vec::with_capacity(found.len());
-        for (key, block) in found {
-            match ledger.remove(&key) {
-                Ok(()) => blocks.push(block),
-                Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(error).context("failed to purge the ledger"),
+        for (key, instance, block) in found {
+            if remove(&mut ledger, &key).context("failed to purge the ledger")? {
+                blocks.push((instance, block));
             }
         }
         Ok(blocks)
+    }
+}
+
+/// Removes an element, if it is there; gives whether it was.
+fn remove<K: Pod, V: Pod>(
+    map: &mut HashMap<&mut MapData, K, V>,
+    key: &K,
+) -> Result<bool, MapError> {
+    match map.remove(key) {
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -516,9 +644,11 @@ fn data<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a MapData> {
 pub(super) fn map_descriptors(ebpf: &Ebpf) -> Vec<(String, RawFd)> {
     ebpf.maps()
         .filter_map(|(name, map)| match map {
-            Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
-                Some((name.to_owned(), data.fd().as_fd().as_raw_fd()))
-            }
+            Map::Array(data)
+            | Map::HashMap(data)
+            | Map::PerCpuArray(data)
+            | Map::Queue(data)
+            | Map::RingBuf(data) => Some((name.to_owned(), data.fd().as_fd().as_raw_fd())),
             _ => None,
         })
         .collect()

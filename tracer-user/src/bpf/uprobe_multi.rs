@@ -104,7 +104,8 @@ impl Programs {
         programs.map(|(name, fd)| (name.as_str(), fd.as_fd()))
     }
 
-    /// Attaches a program to offsets of a file, each with its cookie, for one process.
+    /// Attaches a program to offsets of a file, each with its cookie, for one process, or for all
+    /// with a PID of 0.
     pub fn attach(
         &self,
         program: &str,

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     args::{Demo, Format, TraceOptions},
-    discover::process::Process,
+    discover::{process::Process, selection::Selection},
     host::Host,
     report,
 };
@@ -41,8 +41,11 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
         duration: Some(args.duration),
         report: &args.report,
         trace: &TraceOptions::default(),
+        waits: false,
     };
-    let report = block_on(trace("demo", vec![Process::look(pid)?], &plan))?;
+    let selection = Selection::of_pids(&[pid]);
+    let server = vec![Process::look(pid)?];
+    let report = block_on(trace("demo", selection, server, &plan))?;
     report.give(&args.report, &mut io::stdout())?;
     if args.report.format == Format::Text {
         say("

@@ -28,7 +28,7 @@ use tracer_common::instance::{HELD, HELD_BY_LOADER};
 use super::{block_on, reading_tables, say};
 use crate::{
     args::Run,
-    discover::process::Process,
+    discover::{process::Process, selection::Selection},
     preflight, report,
     session::Session,
     signals::{Received, Signals},
@@ -63,7 +63,8 @@ enum Outcome {
 }
 
 async fn trace(args: &Run) -> anyhow::Result<Outcome> {
-    let mut session = Session::new("run", &args.trace, &args.report)?;
+    let nobody = Selection::of_pids(&[]);
+    let mut session = Session::new("run", &args.trace, &args.report, nobody)?;
     let signals = Signals::hold(&[
         Signal::SIGINT,
         Signal::SIGTERM,
@@ -305,7 +306,7 @@ impl Held<'_> {
             let _ = kill(self.child, Signal::SIGKILL);
             return Err(refusal.context(format!("{} is not run", process.comm)));
         }
-        self.session.detach_ended()?;
+        self.session.detach_ended();
         if self.session.targets()[self.current].probes() == 0 {
             // The child before its program, or a program without an allocator.
             self.session.give_up(self.current);

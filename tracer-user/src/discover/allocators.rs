@@ -52,6 +52,12 @@ impl Call {
         }
     }
 
+    /// Whether a block is given up if the call succeeds.
+    #[must_use]
+    pub const fn gives_up_a_block(self) -> bool {
+        matches!(self, Self::Free { .. } | Self::Alloc { old: Some(_), .. })
+    }
+
     /// Whether the result matters, so that a return probe is needed.
     #[must_use]
     pub const fn returns(self) -> bool {

@@ -2,7 +2,9 @@
 
 pub mod allocators;
 pub(crate) mod bounded;
+pub mod labels;
 pub mod maps;
 pub mod module;
 pub mod process;
 pub mod root;
+pub mod selection;

@@ -5,7 +5,10 @@ use std::{io, path::PathBuf};
 use anyhow::{Context as _, bail};
 use procfs::process::{Process as ProcProcess, Stat};
 
-use super::maps::{self, Mapping, without_deleted_mark};
+use super::{
+    labels::Labels,
+    maps::{self, Mapping, without_deleted_mark},
+};
 use crate::terminal::harmless;
 
 /// A process that exists and has memory of its own.
@@ -17,6 +20,8 @@ pub struct Process {
     pub exe: PathBuf,
     /// The kernel's short name of it.
     pub comm: String,
+    /// What it belongs to, where that was looked up.
+    pub labels: Labels,
     /// When it began, in clock ticks since boot: tells it from another with the same PID.
     start_ticks: u64,
 }
@@ -73,6 +78,7 @@ impl Process {
             pid,
             exe: without_deleted_mark(&exe),
             comm: stat.comm,
+            labels: Labels::default(),
             start_ticks: stat.starttime,
         })
     }
@@ -99,8 +105,36 @@ impl Process {
             pid,
             exe: PathBuf::new(),
             comm: String::new(),
+            labels: Labels::default(),
             start_ticks: 0,
         }
+    }
+
+    /// A process that was gone before anybody looked, by its kernel's short name.
+    #[must_use]
+    pub fn gone(pid: u32, comm: &str) -> Self {
+        Self {
+            comm: harmless(comm).into_owned(),
+            ..Self::before_exec(pid)
+        }
+    }
+
+    /// A child that this process has forked.
+    #[must_use]
+    pub fn forked(&self, pid: u32) -> Self {
+        let mut child = Self {
+            pid,
+            start_ticks: 0,
+            ..self.clone()
+        };
+        child.labels.namespace_pid = None;
+        child
+    }
+
+    /// Whether a PID is a process that runs unfreed.
+    #[must_use]
+    pub fn is_unfreed(pid: u32) -> bool {
+        is_unfreed(pid)
     }
 
     /// What the process has mapped now.

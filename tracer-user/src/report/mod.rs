@@ -3,6 +3,7 @@
 //! Every form is a pure function of [`Report`]. The value's serialization is the JSON report, whose
 //! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
 
+mod programs;
 mod stack;
 mod text;
 mod units;
@@ -11,14 +12,17 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Context as _;
 use serde::Serialize;
 
+pub use programs::{ProgramReport, programs};
+
 use crate::{
     args::{Format, ReportOptions},
+    discover::labels::Labels,
     stacks::{StackCheck, StackQuality},
     terminal::Harmless,
 };
@@ -54,8 +58,23 @@ pub struct Report {
     pub stack_check: Option<StackCheck>,
     /// Frees of blocks that the ledger never had.
     pub untracked_frees: u64,
+    /// Files whose probes were for all processes of the host.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub shared_probes: Vec<SharedFile>,
+    /// One entry a program that was more than one process instance, over all of them.
+    pub programs: Vec<ProgramReport>,
     /// One entry a process instance.
     pub processes: Vec<ProcessReport>,
+}
+
+/// A file whose probes were for all processes of the host that have it mapped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SharedFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Processes that had it mapped and were not traced when tracing began: each of their calls paid
+    /// for it.
+    pub other_processes: usize,
 }
 
 /// What was left out on the user's wish; absent where nothing was.
@@ -120,6 +139,11 @@ pub struct ProcessReport {
     pub exe: String,
     /// The kernel's short name of it.
     pub comm: String,
+    /// What it belongs to.
+    #[serde(flatten)]
+    pub labels: Labels,
+    /// Whether it was recorded from its first instruction on; else from some time after.
+    pub from_start: bool,
     /// How long it was recorded, in seconds.
     pub duration_s: f64,
     /// How it ended; null while it runs or if it was replaced by `exec`, both members null if it is
@@ -190,6 +214,20 @@ pub struct Totals {
     pub peak_live_bytes: u64,
 }
 
+impl Totals {
+    /// Adds those of another process. Its peak may have been at another time, so that the sum is an
+    /// upper bound.
+    pub fn add(&mut self, other: &Self) {
+        self.allocs += other.allocs;
+        self.frees += other.frees;
+        self.alloc_bytes += other.alloc_bytes;
+        self.freed_bytes += other.freed_bytes;
+        self.live_blocks += other.live_blocks;
+        self.live_bytes += other.live_bytes;
+        self.peak_live_bytes += other.peak_live_bytes;
+    }
+}
+
 /// One call stack.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SiteReport {
@@ -238,7 +276,27 @@ const fn is_false(flag: &bool) -> bool {
     !*flag
 }
 
+impl ProcessReport {
+    /// Whether it runs on.
+    #[must_use]
+    pub const fn is_running(&self) -> bool {
+        self.exit.is_none() && !self.replaced_by_exec
+    }
+}
+
 impl SiteReport {
+    /// Puts those that hold most first.
+    pub fn sort(sites: &mut [Self]) {
+        sites.sort_by(|a, b| {
+            (b.live_bytes, b.live_blocks, b.alloc_bytes, &a.id).cmp(&(
+                a.live_bytes,
+                a.live_blocks,
+                a.alloc_bytes,
+                &b.id,
+            ))
+        });
+    }
+
     /// Adds the figures of a site with the same stack.
     pub fn add(&mut self, other: &Self) {
         self.allocs += other.allocs;

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use tracer_common::missed::Missed;
 
 use super::{
-    Exit, ProcessReport, Report, SiteReport,
+    Exit, ProcessReport, ProgramReport, Report, SiteReport, Totals,
     stack::{View, callers, name, place},
     units::{bytes, count, counted, duration},
 };
@@ -16,10 +16,184 @@ const OWN: char = '→';
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
-    for process in &report.processes {
-        write_process(report, process, limit, to)?;
+    /// Programs and processes that are shown.
+    const MOST: usize = 10;
+    let mut subjects = subjects(report);
+    if subjects.len() > MOST {
+        write_overview(report, &subjects, to)?;
+        let rest = subjects.split_off(MOST);
+        for subject in subjects {
+            subject.write(report, limit, to)?;
+        }
+        let (live_bytes, live_blocks) = rest.iter().fold((0, 0), |(bytes, blocks), subject| {
+            let totals = subject.totals();
+            (bytes + totals.live_bytes, blocks + totals.live_blocks)
+        });
+        writeln!(
+            to,
+            "{} more programs have {} in {} that were not freed (--format json has them all).\n",
+            rest.len(),
+            bytes(live_bytes),
+            counted(live_blocks, "block"),
+        )?;
+    } else {
+        for subject in subjects {
+            subject.write(report, limit, to)?;
+        }
     }
     write_honesty(report, to)
+}
+
+/// What the report has a section of.
+#[derive(Clone, Copy)]
+enum Subject<'a> {
+    /// A program that one process runs.
+    Process(&'a ProcessReport),
+    /// A program that several run.
+    Program(&'a ProgramReport),
+}
+
+/// Programs and lone processes: in the order of the processes if they are few, else those that hold
+/// most first.
+fn subjects(report: &Report) -> Vec<Subject<'_>> {
+    const FEW: usize = 3;
+    let program_of = |process: &ProcessReport| {
+        let programs = report.programs.iter();
+        programs.clone().find(|program| program.exe == process.exe)
+    };
+    let mut subjects: Vec<Subject<'_>> = Vec::new();
+    let mut seen: Vec<&str> = Vec::new();
+    for process in &report.processes {
+        match program_of(process) {
+            None => subjects.push(Subject::Process(process)),
+            Some(program) if !seen.contains(&program.exe.as_str()) => {
+                seen.push(&program.exe);
+                subjects.push(Subject::Program(program));
+            }
+            Some(_) => {}
+        }
+    }
+    if subjects.len() > FEW {
+        subjects.sort_by_key(|subject| std::cmp::Reverse(subject.totals().live_bytes));
+    }
+    subjects
+}
+
+impl Subject<'_> {
+    const fn totals(&self) -> &Totals {
+        match self {
+            Self::Process(process) => &process.totals,
+            Self::Program(program) => &program.totals,
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Self::Process(process) => &process.comm,
+            Self::Program(program) => &program.comm,
+        }
+    }
+
+    const fn instances(&self) -> usize {
+        match self {
+            Self::Process(_) => 1,
+            Self::Program(program) => program.instances,
+        }
+    }
+
+    fn write(self, report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
+        match self {
+            Self::Process(process) => write_process(report, process, limit, to),
+            Self::Program(program) => write_program(report, program, limit, to),
+        }
+    }
+}
+
+/// A line for each of the programs that hold most.
+fn write_overview(report: &Report, subjects: &[Subject<'_>], to: &mut dyn Write) -> io::Result<()> {
+    const MOST: usize = 20;
+    writeln!(
+        to,
+        "{} of {} traced for {}. Those that hold most that was not freed:\n",
+        counted(report.processes.len() as u64, "process"),
+        counted(subjects.len() as u64, "program"),
+        duration(report.duration_s)
+    )?;
+    writeln!(
+        to,
+        "  {:<24}{:>10}{:>13}{:>14}{:>14}",
+        "program", "processes", "not freed", "blocks", "allocated"
+    )?;
+    for subject in subjects.iter().take(MOST) {
+        let totals = subject.totals();
+        writeln!(
+            to,
+            "  {:<24}{:>10}{:>13}{:>14}{:>14}",
+            harmless(subject.name()),
+            subject.instances(),
+            bytes(totals.live_bytes),
+            count(totals.live_blocks),
+            bytes(totals.alloc_bytes)
+        )?;
+    }
+    writeln!(to)
+}
+
+/// A program that several processes ran: their sites as one, and a line for each that holds most.
+fn write_program(
+    report: &Report,
+    program: &ProgramReport,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    const MOST: usize = 5;
+    writeln!(
+        to,
+        "{} ({}), {}, {} still running\n",
+        harmless(&program.comm),
+        harmless(&program.exe),
+        counted(program.instances as u64, "process"),
+        count(program.running as u64),
+    )?;
+    write_totals(&program.totals, "", to)?;
+    let mut processes: Vec<_> = report
+        .processes
+        .iter()
+        .filter(|process| process.exe == program.exe)
+        .collect();
+    processes.sort_by_key(|process| std::cmp::Reverse(process.totals.live_bytes));
+    for process in processes.iter().take(MOST) {
+        writeln!(
+            to,
+            "  PID {:<8}{:>14} not freed in {}, traced for {}{}{}",
+            process.pid,
+            bytes(process.totals.live_bytes),
+            counted(process.totals.live_blocks, "block"),
+            duration(process.duration_s),
+            container(process),
+            ending(process),
+        )?;
+    }
+    if processes.len() > MOST {
+        writeln!(to, "  … and {} more", processes.len() - MOST)?;
+    }
+    writeln!(to)?;
+    for process in processes {
+        write_gaps(process, to)?;
+    }
+    write_sites(report, &program.totals, &program.sites, limit, to)
+}
+
+/// Where a process runs, as a clause.
+fn container(process: &ProcessReport) -> String {
+    match &process.labels.container {
+        Some(container) => {
+            let id = container.id.get(..12).unwrap_or(&container.id);
+            let name = container.name.as_deref().unwrap_or(id);
+            format!(", in container {}", harmless(name))
+        }
+        None => String::new(),
+    }
 }
 
 fn write_process(
@@ -31,11 +205,12 @@ fn write_process(
     let totals = &process.totals;
     write!(
         to,
-        "PID {} {} ({}) traced for {}{}",
+        "PID {} {} ({}) traced for {}{}{}",
         process.pid,
         harmless(&process.comm),
         harmless(&process.exe),
         duration(process.duration_s),
+        container(process),
         ending(process)
     )?;
     if process.replaced_by_exec && report.processes.len() > 1 {
@@ -50,6 +225,13 @@ fn write_process(
     if let Some(sizes) = recorded_sizes(report) {
         writeln!(to, "  Only blocks of {sizes} were recorded.\n")?;
     }
+    write_totals(&process.totals, "highest seen: ", to)?;
+    write_gaps(process, to)?;
+    write_sites(report, &process.totals, &process.sites, limit, to)
+}
+
+/// What was allocated and freed. With `peak`, how much there was at most.
+fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<()> {
     writeln!(to, "  {:<10}{:>16}{:>13}", "", "blocks", "bytes")?;
     let mut row = |name: &str, blocks: u64, size: u64, note: &str| {
         writeln!(
@@ -61,9 +243,16 @@ fn write_process(
     };
     row("allocated", totals.allocs, totals.alloc_bytes, "")?;
     row("freed", totals.frees, totals.freed_bytes, "")?;
-    let peak = format!("   (highest seen: {})", bytes(totals.peak_live_bytes));
+    let peak = match peak {
+        "" => String::new(),
+        _ => format!("   ({peak}{})", bytes(totals.peak_live_bytes)),
+    };
     row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
-    writeln!(to)?;
+    writeln!(to)
+}
+
+/// What of a process may be missing.
+fn write_gaps(process: &ProcessReport, to: &mut dyn Write) -> io::Result<()> {
     if process.untraced_children > 0 {
         writeln!(
             to,
@@ -86,12 +275,17 @@ fn write_process(
              then:\n    what came later may be missing from these figures.\n",
         )?;
     }
+    Ok(())
+}
 
-    let holding: Vec<_> = process
-        .sites
-        .iter()
-        .filter(|site| site.live_blocks > 0)
-        .collect();
+fn write_sites(
+    report: &Report,
+    totals: &Totals,
+    sites: &[SiteReport],
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let holding: Vec<_> = sites.iter().filter(|site| site.live_blocks > 0).collect();
     match report.filters.older_ms {
         _ if holding.is_empty() && totals.allocs == 0 => {
             let what = match recorded_sizes(report) {
@@ -323,7 +517,13 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
 
 /// One line a site, for a session that goes on.
 pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
-    let running = |process: &&ProcessReport| process.exit.is_none() && !process.replaced_by_exec;
+    /// Processes that each get a table.
+    const FEW: usize = 5;
+    let running = |process: &&ProcessReport| process.is_running();
+    if report.processes.iter().filter(running).count() > FEW {
+        write_overview(report, &subjects(report), to)?;
+        return to.flush();
+    }
     for process in report.processes.iter().filter(running) {
         let totals = &process.totals;
         writeln!(

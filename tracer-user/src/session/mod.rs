@@ -3,8 +3,11 @@
 //! The stages follow each other and none looks back: events are drained, sites are read, stacks
 //! get names, and all of it becomes one [`Report`].
 
+mod ending;
+mod events;
+
 use std::{
-    collections::{BTreeMap, HashMap, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -14,31 +17,32 @@ use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
 use tokio::{io::unix::AsyncFd, sync::Notify};
 use tracer_common::{
-    event::{EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES, StackEnd},
-    instance::{HELD, HELD_BY_LOADER},
+    instance::{FOLLOWED, HELD, HELD_BY_LOADER},
     ledger::{Block, BlockKey},
     site::Site,
 };
 
 use crate::{
     args::{ReportOptions, TraceOptions},
+    attachments::{Attachments, worth_sharing},
     bpf::{
-        links::{self, Measure},
+        links,
         tracer::{Limits, Tracer, monotonic_ns},
     },
-    discover::{module::Search, process::Process},
+    discover::{
+        labels::ContainerNames,
+        module::{FileId, Module, Search},
+        process::Process,
+        selection::Selection,
+    },
     files::Files,
     host::Host,
-    report::{Exit, Filters, HostFacts, Report, SCHEMA},
+    report::{Filters, HostFacts, Report, SCHEMA, SharedFile, programs},
     stacks::{Stack, StackCheck},
     summary::{Ages, Figures, process_report},
     symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
-    target::{End, Target},
-    unwind::{
-        cache::Cache,
-        copies::{Codes, Copy},
-        library::Library,
-    },
+    target::Target,
+    unwind::{cache::Cache, copies::Codes, library::Library},
 };
 
 /// A tracing session.
@@ -54,10 +58,23 @@ pub struct Session {
     tables_finished: Arc<Notify>,
     names: Names,
     targets: Vec<Target>,
+    /// Which of them has an instance's number.
+    by_instance: HashMap<u32, usize>,
+    attachments: Attachments,
+    /// Of the files whose probes are for all processes, those that there were at the start.
+    shared_probes: Vec<SharedFile>,
+    /// Which processes are meant.
+    selection: Selection,
+    /// Whether what traced processes fork and execute is traced too.
+    follows: bool,
+    container_names: ContainerNames,
+    /// Instances that the kernel side opened for processes that are not meant.
+    unwanted: HashSet<u32>,
+    /// Whether unwind tables may have become useless.
+    has_unused_tables: bool,
     stacks: HashMap<u32, Stack>,
     filters: Filters,
     only: Option<PathBuf>,
-    measure: Option<Measure>,
     max_depth: usize,
     codes: Codes,
     /// Stacks unwound twice, if that is wanted.
@@ -66,8 +83,6 @@ pub struct Session {
     started_ns: u64,
     /// When recording ended.
     stopped_ns: Option<u64>,
-    /// Ages of the blocks of ended instances that were taken out of the ledger.
-    purged: HashMap<u32, Ages>,
 }
 
 impl Session {
@@ -78,6 +93,7 @@ impl Session {
         command: &'static str,
         trace: &TraceOptions,
         report: &ReportOptions,
+        selection: Selection,
     ) -> anyhow::Result<Self> {
         anyhow::ensure!(
             trace.min_size <= trace.max_size,
@@ -96,6 +112,7 @@ impl Session {
                 max_depth: trace.max_depth,
                 unwind_bytes: trace.unwind_memory << 20,
                 copy_all_stacks: trace.check_stacks,
+                starts: selection.starts(),
             },
             trace.perf_links || !host.trusts_uprobe_multi(),
         )?;
@@ -121,6 +138,14 @@ impl Session {
             library,
             names: Names::new(Wrappers::new(report.wrapper.clone())),
             targets: Vec::new(),
+            by_instance: HashMap::new(),
+            shared_probes: Vec::new(),
+            attachments: Attachments::new(selection.is_open() || trace.follow, trace.measure),
+            selection,
+            follows: trace.follow,
+            container_names: ContainerNames::default(),
+            unwanted: HashSet::new(),
+            has_unused_tables: false,
             stacks: HashMap::new(),
             filters: Filters {
                 min_size_bytes: (trace.min_size > 0).then_some(trace.min_size),
@@ -130,14 +155,12 @@ impl Session {
                 symbol_prefix: trace.symbol_prefix.clone(),
             },
             only: trace.object.clone(),
-            measure: trace.measure,
             max_depth: trace.max_depth as usize,
             codes: Codes::default(),
             stack_check: trace.check_stacks.then(StackCheck::default),
             started: SystemTime::now(),
             started_ns: monotonic_ns(),
             stopped_ns: None,
-            purged: HashMap::new(),
         })
     }
 
@@ -177,9 +200,19 @@ impl Session {
 
     /// Opens an instance for a process, unprobed. Gives its index among the targets.
     pub fn open(&mut self, process: Process, flags: u32) -> anyhow::Result<usize> {
-        self.targets
-            .push(Target::open(&mut self.tracer, process, flags)?);
-        Ok(self.targets.len() - 1)
+        let follow = match self.follows || self.selection.is_open() {
+            true => FOLLOWED,
+            false => 0,
+        };
+        let target = Target::open(&mut self.tracer, process, flags | follow)?;
+        Ok(self.add(target))
+    }
+
+    fn add(&mut self, target: Target) -> usize {
+        let index = self.targets.len();
+        self.by_instance.insert(target.instance, index);
+        self.targets.push(target);
+        index
     }
 
     /// Probes the allocators of a target that are mapped and not yet probed, and has unwind tables
@@ -189,11 +222,103 @@ impl Session {
         let probes = target.probe_allocators(
             &mut self.tracer,
             &mut self.files,
+            &mut self.attachments,
             self.only.as_ref(),
-            self.measure,
         )?;
         self.library.want(&target.space)?;
         Ok(probes)
+    }
+
+    /// Looks at what the targets have mapped, and decides which files' probes are for all processes.
+    pub fn plan_probes(&mut self) {
+        for target in &mut self.targets {
+            // What is wrong with one is told when it is probed.
+            let _ = target.space.refresh(target.process.pid, &mut self.files);
+        }
+        let spaces = self.targets.iter().map(|target| target.space.segments());
+        let shared = worth_sharing(spaces, |file| {
+            file.module
+                .as_ref()
+                .is_ok_and(|module| module.has_allocator() || module.loader_report.is_some())
+        });
+        for file in shared {
+            self.attachments.share(file);
+        }
+        self.shared_probes = self.shared_files();
+    }
+
+    /// Which processes are meant.
+    #[must_use]
+    pub const fn selection(&self) -> &Selection {
+        &self.selection
+    }
+
+    /// Whether every probe is for all processes, those that are not traced included.
+    #[must_use]
+    pub const fn shares_all_probes(&self) -> bool {
+        self.attachments.shares_all()
+    }
+
+    /// Files whose probes are for all processes, and who pays for them.
+    #[must_use]
+    pub fn shared_probes(&self) -> &[SharedFile] {
+        &self.shared_probes
+    }
+
+    /// Finds out whom the probes of files concern that are for all processes. Looks at every process of
+    /// the host.
+    fn shared_files(&self) -> Vec<SharedFile> {
+        let mut users: HashMap<FileId, SharedFile> = HashMap::new();
+        for target in &self.targets {
+            for segment in target.space.segments() {
+                let (Some(file), Some(part)) = (&segment.file, segment.mapping.file()) else {
+                    continue;
+                };
+                let has_allocator = file.module.as_ref().is_ok_and(Module::has_allocator);
+                if has_allocator && self.attachments.is_shared(part.file) {
+                    users.entry(part.file).or_insert_with(|| SharedFile {
+                        path: file.path.clone(),
+                        other_processes: 0,
+                    });
+                }
+            }
+        }
+        if users.is_empty() || self.selection.is_everything() {
+            return users.into_values().collect();
+        }
+        let traced: HashSet<u32> = self
+            .targets
+            .iter()
+            .map(|target| target.process.pid)
+            .collect();
+        let all = procfs::process::all_processes().into_iter().flatten();
+        for pid in all
+            .flatten()
+            .filter_map(|process| u32::try_from(process.pid).ok())
+        {
+            if traced.contains(&pid) || pid == std::process::id() {
+                continue;
+            }
+            let files: HashSet<FileId> = Process::mappings(pid)
+                .unwrap_or_default()
+                .iter()
+                .filter(|mapping| mapping.executable)
+                .filter_map(|mapping| Some(mapping.file()?.file))
+                .collect();
+            for file in files {
+                if let Some(shared) = users.get_mut(&file) {
+                    shared.other_processes += 1;
+                }
+            }
+        }
+        users.into_values().collect()
+    }
+
+    /// Whether the instance of a process is open.
+    pub fn is_traced(&mut self, pid: u32) -> bool {
+        self.tracer
+            .instance_of(pid)
+            .is_ok_and(|instance| instance.is_some())
     }
 
     /// Waits until the unwind tables that are being built are there, and has the kernel side know
@@ -209,31 +334,37 @@ impl Session {
             progress();
             self.library.wait(kernel, AT_MOST);
         }
-        self.publish();
+        self.publish(true);
     }
 
-    /// Has the kernel side know what code the targets have.
-    fn publish(&mut self) {
+    /// Has the kernel side know what code the targets have, where it has changed; with `all`, of all.
+    fn publish(&mut self, all: bool) {
         let Self {
             tracer,
             library,
             targets,
             ..
         } = self;
-        library.take_finished(tracer.unwind());
-        let mut removed = false;
+        let all = library.take_finished(tracer.unwind()) || all;
         for target in targets.iter_mut() {
-            removed |= target.publish_code(tracer, library);
+            if target.is_unpublished || (all && target.end.is_none()) {
+                self.has_unused_tables |= target.publish_code(tracer, library);
+            }
         }
-        if removed {
-            let live = targets.iter().filter(|target| target.end.is_none());
-            library.retain(live.map(|target| &target.space), tracer.unwind());
+    }
+
+    /// Takes unwind tables that no process needs any more out of the kernel.
+    fn drop_unused_tables(&mut self) {
+        if std::mem::take(&mut self.has_unused_tables) {
+            let live = self.targets.iter().filter(|target| target.end.is_none());
+            let spaces = live.map(|target| &target.space);
+            self.library.retain(spaces, self.tracer.unwind());
         }
     }
 
     /// Hooks the target's dynamic loader, see [`Target::hook_loader`].
     pub fn hook_loader(&mut self, index: usize) -> anyhow::Result<bool> {
-        self.targets[index].hook_loader(&mut self.tracer)
+        self.targets[index].hook_loader(&mut self.tracer, &mut self.attachments)
     }
 
     /// No longer stops a target at its dynamic loader's reports, which are still heard.
@@ -256,6 +387,19 @@ impl Session {
     pub fn give_up(&mut self, index: usize) {
         let mut target = self.targets.remove(index);
         links::detach(target.disarm(&self.tracer));
+        let forgotten = self
+            .tracer
+            .forget_process(target.process.pid, target.instance);
+        if let Err(error) = forgotten {
+            log::info!("{error:#}");
+        }
+        self.by_instance = self
+            .targets
+            .iter()
+            .enumerate()
+            .filter(|(_, target)| target.closed.is_none())
+            .map(|(index, target)| (target.instance, index))
+            .collect();
     }
 
     /// Begins to record a target.
@@ -280,204 +424,52 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until there is something to [drain](Self::drain).
-    pub async fn event(&self) -> anyhow::Result<()> {
-        tokio::select! {
-            ready = self.events.readable() => {
-                ready.context("failed to wait for events")?.clear_ready();
-            }
-            ready = self.copies.readable() => {
-                ready.context("failed to wait for stacks")?.clear_ready();
-            }
-            () = self.tables_finished.notified() => {}
-        }
-        Ok(())
-    }
-
-    /// Takes in all that the kernel side has said, and the unwind tables that were finished.
-    pub fn drain(&mut self) {
-        self.tracer.flush_log();
-        self.take_events();
-        self.know_code();
-        while let Some(record) = self.copies.get_mut().next().map(|record| record.to_vec()) {
-            // The stack that it belongs to may have come since. Copies take time, and until the kernel
-            // side knows the code that is mapped now, stacks are doubtful.
-            self.take_events();
-            self.know_code();
-            self.take_copy(&record);
-        }
-    }
-
-    /// Has tables built for new code, and the kernel side know what code there is.
-    fn know_code(&mut self) {
-        for target in self.targets.iter().filter(|target| target.end.is_none()) {
-            if let Err(error) = self.library.want(&target.space) {
-                log::info!("PID {}: no unwind tables: {error:#}", target.process.pid);
-            }
-        }
-        self.publish();
-    }
-
-    fn take_events(&mut self) {
-        let Self {
-            tracer,
-            events,
-            targets,
-            files,
-            stacks,
-            stack_check,
-            ..
-        } = self;
-        while let Some(record) = events.get_mut().next() {
-            let Some(header) = header(&record) else {
-                continue;
-            };
-            let Some(target) = targets
-                .iter_mut()
-                .find(|target| target.instance == header.instance)
-            else {
-                continue;
-            };
-            match header.kind {
-                kind if kind == EventKind::Stack as u32 => {
-                    if let Some((addresses, end)) = walk(&record) {
-                        target.look_for(&addresses, tracer, files);
-                        let stack = Stack::new(&addresses, end, &mut target.space);
-                        match stacks.entry(header.detail) {
-                            Entry::Occupied(known) if !known.get().may_be_replaced() => {}
-                            Entry::Occupied(mut known) => {
-                                known.insert(stack);
-                            }
-                            Entry::Vacant(new) => {
-                                new.insert(stack);
-                            }
-                        }
-                        if let Some(check) = stack_check {
-                            check.expect(header.detail, addresses, end);
-                        }
-                    }
-                }
-                kind if kind == EventKind::Mapped as u32 => target.look_at_code(tracer, files),
-                kind if kind == EventKind::UnknownCode as u32 => {
-                    target.look_for_unknown_code(tracer, files);
-                }
-                kind if kind == EventKind::Exec as u32 => target.ended(End::Replaced),
-                kind if kind == EventKind::Exit as u32 => {
-                    target.ended(End::Exited(Exit::from_wait_status(header.detail)));
-                }
-                kind if kind == EventKind::MainThreadExit as u32 => {
-                    target.main_thread_exited = true;
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Unwinds a stack that was copied.
-    fn take_copy(&mut self, record: &[u8]) {
-        let (Some(header), Some(copy)) = (header(record), Copy::parse(record)) else {
-            return;
-        };
-        let target = self
-            .targets
-            .iter_mut()
-            .find(|target| target.instance == header.instance);
-        let (Some(target), Some(stack)) = (target, self.stacks.get_mut(&header.detail)) else {
-            return;
-        };
-        let sampled = target.unwind(&copy, self.max_depth, &mut self.codes);
-        stack.complete_by(&sampled, &mut target.space);
-        if let Some(check) = &mut self.stack_check {
-            check.compare(header.detail, &sampled);
-        }
-    }
-
-    /// Takes the probes of ended instances away, and their blocks out of the ledger while others
-    /// need the room. Gives the indexes of those that have ended since the last call.
-    ///
-    /// After an `exec` the probes would be hit by the new program: the kernel tells processes by
-    /// their PID.
-    pub fn detach_ended(&mut self) -> anyhow::Result<Vec<usize>> {
-        let Self {
-            targets, tracer, ..
-        } = self;
-        let mut ended = Vec::new();
-        let mut taken = Vec::new();
-        for (index, target) in targets.iter_mut().enumerate() {
-            if target.end.is_some() && target.is_probed() {
-                taken.extend(target.disarm(tracer));
-                ended.push(index);
-            }
-        }
-        links::detach(taken);
-        if !self.all_ended() {
-            for index in &ended {
-                self.purge(*index)?;
-            }
-        }
-        Ok(ended)
-    }
-
-    /// Takes an ended instance's blocks out of the ledger; how old they were is kept.
-    fn purge(&mut self, index: usize) -> anyhow::Result<()> {
-        let target = &self.targets[index];
-        let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
-        let minimum_age_ns = self.filters.minimum_age_ns();
-        let blocks = self.tracer.purge(target.instance)?;
-        for block in &blocks {
-            self.purged
-                .entry(block.site)
-                .or_default()
-                .add(block, end_ns, minimum_age_ns);
-        }
-        log::info!(
-            "PID {}: {} blocks of the ended process taken out of the ledger",
-            target.process.pid,
-            blocks.len()
-        );
-        Ok(())
-    }
-
-    /// Looks whether targets are gone whose end was not heard of.
-    pub fn notice_gone(&mut self) {
-        for target in &mut self.targets {
-            if target.end.is_none() && !Process::is_alive(target.process.pid) {
-                target.ended(End::Gone);
-            }
-        }
-    }
-
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
         let mut live: HashMap<u32, u64> = HashMap::new();
-        for id in 0..self.tracer.site_count()? {
+        for id in 0..self.tracer.site_count() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);
             *live.entry(instance).or_default() += live_bytes;
         }
         for target in &mut self.targets {
             let live_bytes = live.get(&target.instance).copied().unwrap_or(0);
-            target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
+            if target.closed.is_none() {
+                target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
+            }
         }
+        self.close_ended()?;
+        self.drop_unused_tables();
         Ok(())
     }
 
     /// Ends recording, takes every probe away, and takes in what was said last.
     pub fn stop(&mut self) -> anyhow::Result<()> {
-        let links = self
+        let mut links: Vec<_> = self
             .targets
             .iter_mut()
+            .filter(|target| target.closed.is_none())
             .flat_map(|target| target.disarm(&self.tracer))
             .collect();
+        links.extend(self.attachments.detach());
         self.stopped_ns = Some(monotonic_ns());
         links::detach(links);
         self.drain();
         self.tick()
     }
 
-    fn sites(&self) -> anyhow::Result<Vec<(u32, Site)>> {
-        Ok((0..self.tracer.site_count()?)
-            .map(|id| (id, self.tracer.site(id)))
-            .collect())
+    /// Sites that were used, by instance.
+    fn sites(&self) -> HashMap<u32, Vec<(u32, Site)>> {
+        let mut by_instance: HashMap<u32, Vec<(u32, Site)>> = HashMap::new();
+        for id in 0..self.tracer.site_count() {
+            if self.tracer.has_allocated(id) {
+                let site = self.tracer.site(id);
+                by_instance
+                    .entry(site.instance)
+                    .or_default()
+                    .push((id, site));
+            }
+        }
+        by_instance
     }
 
     /// Ages of live blocks by site. Walks the ledger.
@@ -485,10 +477,11 @@ impl Session {
         let ends: HashMap<u64, u64> = self
             .targets
             .iter()
+            .filter(|target| target.closed.is_none())
             .map(|target| (u64::from(target.instance), target.end_ns.unwrap_or(now_ns)))
             .collect();
         let minimum_age_ns = self.filters.minimum_age_ns();
-        let mut by_site = self.purged.clone();
+        let mut by_site: HashMap<u32, Ages> = HashMap::new();
         self.tracer.for_each_block(|key: BlockKey, block: Block| {
             if let Some(end_ns) = ends.get(&key.instance) {
                 by_site
@@ -510,29 +503,28 @@ impl Session {
         } else {
             HashMap::new()
         };
-        let mut by_instance: HashMap<u32, Vec<(u32, Site)>> = HashMap::new();
-        for (id, site) in self.sites()? {
-            if site.allocs > 0 {
-                by_instance
-                    .entry(site.instance)
-                    .or_default()
-                    .push((id, site));
-            }
-        }
+        let mut by_instance = self.sites();
         let mut untracked_frees = 0;
         let mut processes = Vec::new();
         for target in &self.targets {
-            let state = self.tracer.instance(target.instance);
+            let (state, sites, stacks, ages) = match &target.closed {
+                Some(closed) => (closed.state, &closed.sites, &closed.stacks, &closed.ages),
+                None => (
+                    self.tracer.instance(target.instance),
+                    &*by_instance.entry(target.instance).or_default(),
+                    &self.stacks,
+                    &ages,
+                ),
+            };
             untracked_frees += state.untracked_frees;
-            let sites = by_instance.remove(&target.instance).unwrap_or_default();
             let figures = Figures {
                 state: &state,
-                sites: &sites,
-                stacks: &self.stacks,
-                ages: &ages,
+                sites,
+                stacks,
+                ages,
                 now_ns: target.end_ns.unwrap_or(now_ns),
                 older,
-                sees_vfork: self.tracer.attacher().sees_vfork(),
+                sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
             };
             processes.push(process_report(target, &figures, &mut self.names));
         }
@@ -558,30 +550,9 @@ impl Session {
             unwind: self.library.figures(self.tracer.unwind()),
             stack_check: self.stack_check.clone(),
             untracked_frees,
+            shared_probes: self.shared_probes.clone(),
+            programs: programs(&processes),
             processes,
         })
     }
-}
-
-fn header(record: &[u8]) -> Option<EventHeader> {
-    let word = |at: usize| Some(u32::from_ne_bytes(record.get(at..at + 4)?.try_into().ok()?));
-    Some(EventHeader {
-        kind: word(0)?,
-        tgid: word(4)?,
-        instance: word(8)?,
-        detail: word(12)?,
-    })
-}
-
-/// Return addresses of a [`tracer_common::event::StackEvent`], and why there are no more.
-fn walk(record: &[u8]) -> Option<(Vec<u64>, StackEnd)> {
-    let end = u32::from_ne_bytes(record.get(28..32)?.try_into().ok()?);
-    let addresses = record
-        .get(STACK_EVENT_PREFIX_BYTES..)?
-        .as_chunks()
-        .0
-        .iter()
-        .map(|bytes| u64::from_ne_bytes(*bytes))
-        .collect();
-    Some((addresses, StackEnd::from_number(end)?))
 }

@@ -1,0 +1,274 @@
+//! Probes in files: which stand, and for whom.
+//!
+//! A probe in a file is either for one process, so that others pay nothing, or for all that have the
+//! file mapped, now or later. The kernel asks every probe that is for one process at every hit by any
+//! of them, so that from a handful of processes on one for all is cheaper; and only that sees
+//! processes that are not there yet. Then the programs leave out those that are not traced, which
+//! costs them a trap.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    num::NonZeroU32,
+    os::unix::fs::FileExt as _,
+};
+
+use anyhow::Context as _;
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
+
+use crate::{
+    bpf::{
+        links::{self, Link, Measure, Point, ProbeProgram, Scope},
+        tracer::Tracer,
+    },
+    discover::{
+        allocators::Call,
+        module::{FileId, Module},
+    },
+    files::{KnownFile, Segment},
+};
+
+/// Processes that share a file from which on one probe for all is cheaper for each of them than one
+/// for each: another probe for one process costs every hit 180 ns, and being asked whether one is
+/// traced at all less than four of these.
+pub const MOST_PROCESSES: usize = 4;
+
+/// The probes of a session that are for all processes.
+#[derive(Debug)]
+pub struct Attachments {
+    /// Whether every file's are.
+    shares_all: bool,
+    /// Files whose are.
+    shared: HashSet<FileId>,
+    standing: HashMap<FileId, Standing>,
+    measure: Option<Measure>,
+}
+
+#[derive(Debug)]
+struct Standing {
+    build_id: Option<String>,
+    links: Vec<Link>,
+}
+
+impl Attachments {
+    /// None stands yet. With `shares_all`, every file's probes will be for all processes.
+    #[must_use]
+    pub fn new(shares_all: bool, measure: Option<Measure>) -> Self {
+        Self {
+            shares_all,
+            measure,
+            shared: HashSet::new(),
+            standing: HashMap::new(),
+        }
+    }
+
+    /// Whether probes of all files are for all processes.
+    #[must_use]
+    pub const fn shares_all(&self) -> bool {
+        self.shares_all
+    }
+
+    /// Has the probes of a file be for all processes, as so many that are traced have it mapped.
+    pub fn share(&mut self, file: FileId) {
+        self.shared.insert(file);
+    }
+
+    /// Whether the probes of a file are for all processes.
+    #[must_use]
+    pub fn is_shared(&self, file: FileId) -> bool {
+        self.shares_all || self.shared.contains(&file)
+    }
+
+    /// Sees to it that a process that has a module mapped hits its probes. Gives those that are for this
+    /// process alone.
+    pub fn probe(
+        &mut self,
+        tracer: &mut Tracer,
+        pid: u32,
+        segment: &Segment,
+        module: &Module,
+    ) -> anyhow::Result<Vec<Link>> {
+        let points = |wanted: fn(Call) -> bool| -> Vec<Point> {
+            module
+                .functions
+                .iter()
+                .filter(|function| wanted(function.call))
+                .map(|function| Point {
+                    file_offset: function.probe_file_offset(),
+                    cookie: function.spec().to_cookie(),
+                })
+                .collect()
+        };
+        // In the order in which they have to stand: a block is recorded only once its end would be
+        // seen, as the process may be running and recorded for its other allocators.
+        let mut allocating = points(|call| call.returns() && call.gives_up_a_block());
+        allocating.extend(points(|call| call.returns() && !call.gives_up_a_block()));
+        let mut programs = vec![
+            (
+                ProbeProgram::FreeEnter,
+                points(|call| matches!(call, Call::Free { .. })),
+            ),
+            (ProbeProgram::JumpEnter, points(|call| call == Call::Jump)),
+            (ProbeProgram::AllocExit, allocating.clone()),
+            (ProbeProgram::AllocEnter, allocating),
+        ];
+        for (program, _) in &mut programs {
+            *program = self
+                .measure
+                .map_or(*program, |measure| program.measuring(measure));
+        }
+        self.attach(tracer, pid, segment, &programs)
+    }
+
+    /// Has the dynamic loader of a process tell when it maps or unmaps libraries, at this place of its
+    /// file. Gives the probe if it is for this process alone.
+    pub fn hook_loader(
+        &mut self,
+        tracer: &mut Tracer,
+        pid: u32,
+        segment: &Segment,
+        file_offset: u64,
+    ) -> anyhow::Result<Vec<Link>> {
+        let point = Point {
+            file_offset,
+            cookie: 0,
+        };
+        let programs = [(ProbeProgram::LoaderReport, vec![point])];
+        self.attach(tracer, pid, segment, &programs)
+    }
+
+    fn attach(
+        &mut self,
+        tracer: &mut Tracer,
+        pid: u32,
+        segment: &Segment,
+        programs: &[(ProbeProgram, Vec<Point>)],
+    ) -> anyhow::Result<Vec<Link>> {
+        let Some(part) = segment.mapping.file() else {
+            return Ok(Vec::new());
+        };
+        let is_shared = self.is_shared(part.file);
+        let build_id = segment.file.as_ref().and_then(|file| file.build_id());
+        if is_shared
+            && (self.standing.contains_key(&part.file)
+                || self.is_same_file(pid, segment, build_id, programs))
+        {
+            return Ok(Vec::new());
+        }
+        let scope = match is_shared {
+            true => Scope::All,
+            false => {
+                Scope::Process(NonZeroU32::new(pid).context("there is no process with PID 0")?)
+            }
+        };
+        let path = segment.mapping.map_file(pid);
+        let mut attached = Vec::new();
+        for (program, points) in programs {
+            let links = tracer
+                .attach(*program, &path, points, scope)
+                .with_context(|| format!("PID {pid}"))?;
+            attached.extend(links);
+        }
+        if !is_shared {
+            return Ok(attached);
+        }
+        self.standing.insert(
+            part.file,
+            Standing {
+                build_id: build_id.map(str::to_owned),
+                links: attached,
+            },
+        );
+        Ok(Vec::new())
+    }
+
+    /// Whether a file is one that was probed under another name. Container images share files, but
+    /// every container's file system (overlayfs) has a device and inode number of its own for them;
+    /// probed twice, every call would count twice.
+    fn is_same_file(
+        &mut self,
+        pid: u32,
+        segment: &Segment,
+        build_id: Option<&str>,
+        programs: &[(ProbeProgram, Vec<Point>)],
+    ) -> bool {
+        let known = build_id.is_some()
+            && self
+                .standing
+                .values()
+                .any(|standing| standing.build_id.as_deref() == build_id);
+        let point = programs.iter().find_map(|(_, points)| points.first());
+        let (true, Some(point), Some(part)) = (known, point, segment.mapping.file()) else {
+            return false;
+        };
+        let is_overlaid = statfs(&segment.mapping.map_file(pid))
+            .is_ok_and(|fs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+        // If it is the same, it has our breakpoints already.
+        let is_probed = is_overlaid && is_probed(pid, segment, point.file_offset).unwrap_or(false);
+        if is_probed {
+            self.standing.insert(
+                part.file,
+                Standing {
+                    build_id: build_id.map(str::to_owned),
+                    links: Vec::new(),
+                },
+            );
+        }
+        is_probed
+    }
+
+    /// Files whose probes are for all processes and stand.
+    pub fn standing(&self) -> impl Iterator<Item = FileId> {
+        self.standing.keys().copied()
+    }
+
+    /// Takes the probes that are for all away.
+    pub fn detach(&mut self) -> Vec<Link> {
+        self.standing
+            .drain()
+            .flat_map(|(_, standing)| standing.links)
+            .collect()
+    }
+}
+
+impl Drop for Attachments {
+    fn drop(&mut self) {
+        links::detach(self.detach());
+    }
+}
+
+/// Whether a breakpoint stands in a process's memory at an offset of a file that it has mapped there.
+fn is_probed(pid: u32, segment: &Segment, file_offset: u64) -> io::Result<bool> {
+    const BREAKPOINT: u8 = 0xCC;
+    let first = segment.file_offset(segment.mapping.start);
+    let address = file_offset
+        .checked_sub(first)
+        .and_then(|within| segment.mapping.start.checked_add(within))
+        .filter(|address| *address < segment.mapping.end)
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let mut byte = [0];
+    File::open(format!("/proc/{pid}/mem"))?.read_exact_at(&mut byte, address)?;
+    Ok(byte == [BREAKPOINT])
+}
+
+/// Files that so many of the processes have mapped that one probe for all is cheaper.
+pub fn worth_sharing<'a>(
+    spaces: impl Iterator<Item = &'a [Segment]>,
+    is_probed: impl Fn(&KnownFile) -> bool,
+) -> Vec<FileId> {
+    let mut users: HashMap<FileId, usize> = HashMap::new();
+    for segments in spaces {
+        let files: HashSet<FileId> = segments
+            .iter()
+            .filter(|segment| segment.is_mapped)
+            .filter(|segment| segment.file.as_deref().is_some_and(&is_probed))
+            .filter_map(|segment| Some(segment.mapping.file()?.file))
+            .collect();
+        for file in files {
+            *users.entry(file).or_default() += 1;
+        }
+    }
+    users.retain(|_, users| *users > MOST_PROCESSES);
+    users.into_keys().collect()
+}

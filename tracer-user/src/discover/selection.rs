@@ -1,0 +1,382 @@
+//! Which processes are to be traced: those there are, and those to come.
+
+use std::{collections::HashSet, fs, os::unix::fs::MetadataExt as _, path::Path};
+
+use anyhow::{Context as _, bail};
+use nix::unistd::User;
+use tracer_common::config::Starts;
+
+use super::{
+    labels::{self, ContainerNames, Labels},
+    process::Process,
+};
+use crate::glob;
+
+/// Processes as a user names them.
+///
+/// A process is meant if any of the `targets` names it, or if all are; and if it is in one of
+/// the `cgroups`, `containers` and of one of the `users`, each of which is left out if it is empty;
+/// and if no `exclude` names it.
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// None for all.
+    targets: Option<Vec<Name>>,
+    exclude: Vec<Name>,
+    cgroups: Vec<Cgroup>,
+    containers: Vec<String>,
+    users: Vec<u32>,
+}
+
+/// A process by one of its names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Name {
+    Pid(u32),
+    /// Pattern for the path of its program.
+    Path(String),
+    /// Pattern for its name or its program's file name.
+    Comm(String),
+}
+
+/// A control group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Cgroup {
+    /// In its hierarchy.
+    path: String,
+    /// Its number and depth, if it is of the unified hierarchy.
+    unified: Option<(u64, u32)>,
+}
+
+/// What a user says on the command line.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wishes<'a> {
+    /// PIDs, names or paths; if there are none, all.
+    pub targets: &'a [String],
+    /// Likewise.
+    pub exclude: &'a [String],
+    /// Paths of control groups.
+    pub cgroups: &'a [String],
+    /// IDs, their beginnings, or names.
+    pub containers: &'a [String],
+    /// Names or numbers.
+    pub users: &'a [String],
+}
+
+impl Selection {
+    /// From the command line. What does not exist is an error, except for processes: they may come.
+    pub fn new(wishes: &Wishes<'_>) -> anyhow::Result<Self> {
+        let names =
+            |texts: &[String]| -> Vec<Name> { texts.iter().map(|text| Name::new(text)).collect() };
+        Ok(Self {
+            targets: (!wishes.targets.is_empty()).then(|| names(wishes.targets)),
+            exclude: names(wishes.exclude),
+            cgroups: wishes
+                .cgroups
+                .iter()
+                .map(|path| Cgroup::find(path))
+                .collect::<anyhow::Result<_>>()?,
+            containers: wishes.containers.to_vec(),
+            users: wishes
+                .users
+                .iter()
+                .map(|user| uid(user))
+                .collect::<anyhow::Result<_>>()?,
+        })
+    }
+
+    /// These processes and no others.
+    #[must_use]
+    pub fn of_pids(pids: &[u32]) -> Self {
+        Self {
+            targets: Some(pids.iter().map(|pid| Name::Pid(*pid)).collect()),
+            ..Self::default()
+        }
+    }
+
+    /// PIDs that are named.
+    pub fn pids(&self) -> impl Iterator<Item = u32> {
+        self.targets.iter().flatten().filter_map(|name| match name {
+            Name::Pid(pid) => Some(*pid),
+            _ => None,
+        })
+    }
+
+    /// Whether processes may come that are meant.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let is_pid = |name: &Name| matches!(name, Name::Pid(_));
+        self.targets
+            .as_ref()
+            .is_none_or(|targets| !targets.iter().all(is_pid))
+    }
+
+    /// Whether it is every process of the host.
+    #[must_use]
+    pub fn is_everything(&self) -> bool {
+        self.targets.is_none()
+            && self.cgroups.is_empty()
+            && self.containers.is_empty()
+            && self.users.is_empty()
+    }
+
+    /// Whether a process is meant.
+    #[must_use]
+    pub fn contains(&self, process: &Process, labels: &Labels) -> bool {
+        let named = |names: &[Name]| names.iter().any(|name| name.is_of(process));
+        self.targets.as_deref().is_none_or(named)
+            && !named(&self.exclude)
+            && self.is_of_user(labels)
+            && self.is_in_cgroup(process.pid)
+            && self.is_in_container(labels)
+    }
+
+    fn is_of_user(&self, labels: &Labels) -> bool {
+        self.users.is_empty() || labels.uid.is_some_and(|uid| self.users.contains(&uid))
+    }
+
+    fn is_in_cgroup(&self, pid: u32) -> bool {
+        self.cgroups.is_empty()
+            || labels::cgroups(pid)
+                .iter()
+                .any(|path| self.cgroups.iter().any(|cgroup| cgroup.contains(path)))
+    }
+
+    fn is_in_container(&self, labels: &Labels) -> bool {
+        /// Shorter beginnings of IDs are names.
+        const LEAST_DIGITS: usize = 4;
+        self.containers.is_empty()
+            || labels.container.as_ref().is_some_and(|container| {
+                self.containers.iter().any(|wanted| {
+                    container.name.as_ref() == Some(wanted)
+                        || (wanted.len() >= LEAST_DIGITS && container.id.starts_with(wanted))
+                })
+            })
+    }
+
+    /// The processes that are there and meant. One that cannot be traced is given as the reason; of
+    /// those that are not named by their PID, kernel threads, unfreed and what ends meanwhile are left
+    /// out without a word.
+    pub fn find(&self, names: &mut ContainerNames) -> Vec<(u32, anyhow::Result<Process>)> {
+        self.find_beside(&HashSet::new(), names)
+    }
+
+    /// As [`Selection::find`], without those that are known.
+    pub fn find_beside(
+        &self,
+        known: &HashSet<u32>,
+        names: &mut ContainerNames,
+    ) -> Vec<(u32, anyhow::Result<Process>)> {
+        let pids = if self.is_open() {
+            let all = procfs::process::all_processes();
+            let all = all.into_iter().flatten().flatten();
+            all.filter_map(|process| u32::try_from(process.pid).ok())
+                .collect()
+        } else {
+            self.pids().collect::<Vec<u32>>()
+        };
+        let by_pid: Vec<u32> = self.pids().collect();
+        pids.into_iter()
+            .filter(|pid| !known.contains(pid))
+            .filter_map(|pid| match Process::inspect(pid) {
+                Ok(mut process) => {
+                    process.labels = Labels::of(pid, names);
+                    self.contains(&process, &process.labels)
+                        .then_some((pid, Ok(process)))
+                }
+                Err(error) => by_pid.contains(&pid).then_some((pid, Err(error))),
+            })
+            .collect()
+    }
+
+    /// What the kernel side can know of it: processes that it leaves out are not meant.
+    #[must_use]
+    pub fn starts(&self) -> Starts {
+        let mut starts = Starts {
+            any: u32::from(self.is_open()),
+            ..Starts::default()
+        };
+        if let [uid] = self.users[..] {
+            starts.by_user = 1;
+            starts.uid = uid;
+        }
+        if let [
+            Cgroup {
+                unified: Some((number, level)),
+                ..
+            },
+        ] = self.cgroups[..]
+        {
+            starts.by_cgroup = 1;
+            starts.cgroup = number;
+            starts.cgroup_level = level;
+        }
+        starts
+    }
+}
+
+impl Name {
+    fn new(text: &str) -> Self {
+        match text.parse() {
+            Ok(pid) => Self::Pid(pid),
+            Err(_) if text.contains('/') => Self::Path(text.to_owned()),
+            Err(_) => Self::Comm(text.to_owned()),
+        }
+    }
+
+    fn is_of(&self, process: &Process) -> bool {
+        match self {
+            Self::Pid(pid) => process.pid == *pid,
+            Self::Path(pattern) => glob::matches(pattern, &process.exe.to_string_lossy()),
+            Self::Comm(pattern) => {
+                let file = process.exe.file_name().unwrap_or_default();
+                glob::matches(pattern, &process.comm)
+                    || glob::matches(pattern, &file.to_string_lossy())
+            }
+        }
+    }
+}
+
+impl Cgroup {
+    /// By its directory, or its path in the hierarchy.
+    fn find(text: &str) -> anyhow::Result<Self> {
+        let mounts = procfs::process::Process::myself()
+            .and_then(|us| us.mountinfo())
+            .context("failed to read what is mounted")?;
+        let mounts: Vec<_> = mounts
+            .0
+            .into_iter()
+            .filter(|mount| mount.fs_type == "cgroup2" || mount.fs_type == "cgroup")
+            .collect();
+        for mount in &mounts {
+            let is_unified = mount.fs_type == "cgroup2";
+            let inside = match Path::new(text).strip_prefix(&mount.mount_point) {
+                Ok(inside) => inside,
+                Err(_) => Path::new(text.trim_start_matches('/')),
+            };
+            let directory = mount.mount_point.join(inside);
+            let Ok(metadata) = fs::metadata(&directory) else {
+                continue;
+            };
+            if !metadata.is_dir() {
+                bail!(
+                    "{} is no control group, but a file in one",
+                    directory.display()
+                );
+            }
+            let level = u32::try_from(inside.components().count())?;
+            return Ok(Self {
+                path: Path::new("/").join(inside).to_string_lossy().into_owned(),
+                unified: is_unified.then(|| (metadata.ino(), level)),
+            });
+        }
+        if mounts.is_empty() {
+            bail!("no control groups are mounted here, so there is none named {text}");
+        }
+        bail!(
+            "there is no control group {text} (`systemd-cgls` lists them; a path below {} is \
+             expected)",
+            mounts[0].mount_point.display()
+        );
+    }
+
+    fn contains(&self, path: &str) -> bool {
+        Path::new(path).starts_with(&self.path)
+    }
+}
+
+fn uid(user: &str) -> anyhow::Result<u32> {
+    if let Ok(uid) = user.parse() {
+        return Ok(uid);
+    }
+    match User::from_name(user).with_context(|| format!("failed to look up the user {user}"))? {
+        Some(user) => Ok(user.uid.as_raw()),
+        None => bail!("there is no user {user}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: u32, comm: &str, exe: &str) -> Process {
+        let mut process = Process::gone(pid, comm);
+        process.exe = exe.into();
+        process
+    }
+
+    fn selection(targets: &[&str], exclude: &[&str]) -> Selection {
+        let owned = |texts: &[&str]| {
+            texts
+                .iter()
+                .map(|&text| text.to_owned())
+                .collect::<Vec<_>>()
+        };
+        Selection::new(&Wishes {
+            targets: &owned(targets),
+            exclude: &owned(exclude),
+            ..Wishes::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn processes_are_named_by_pid_path_and_pattern() {
+        let nginx = process(7, "nginx", "/usr/sbin/nginx");
+        let python = process(8, "gunicorn", "/usr/bin/python3.11");
+        for (target, is_nginx, is_python) in [
+            ("7", true, false),
+            ("nginx", true, false),
+            ("ngin*", true, false),
+            ("python3*", false, true),
+            ("gunicorn", false, true),
+            ("/usr/*", true, true),
+            ("/usr/bin/*", false, true),
+            ("bin", false, false),
+        ] {
+            let selection = selection(&[target], &[]);
+            let labels = Labels::default();
+            assert_eq!(selection.contains(&nginx, &labels), is_nginx, "{target}");
+            assert_eq!(selection.contains(&python, &labels), is_python, "{target}");
+        }
+    }
+
+    #[test]
+    fn what_is_excluded_is_left_out_of_everything() {
+        let all = selection(&[], &["nginx", "8"]);
+        let labels = Labels::default();
+        assert!(all.is_everything() && all.is_open());
+        assert!(!all.contains(&process(7, "nginx", "/usr/sbin/nginx"), &labels));
+        assert!(!all.contains(&process(8, "sh", "/bin/sh"), &labels));
+        assert!(all.contains(&process(9, "sh", "/bin/sh"), &labels));
+    }
+
+    #[test]
+    fn only_pids_are_a_closed_list() {
+        assert!(!selection(&["7", "8"], &[]).is_open());
+        assert!(selection(&["7", "nginx"], &[]).is_open());
+    }
+
+    #[test]
+    fn a_user_or_group_that_does_not_exist_is_an_error() {
+        let nobody = ["no-such-user".to_owned()];
+        let nothing = ["no/such/group".to_owned()];
+        for (wishes, expected) in [
+            (
+                Wishes {
+                    users: &nobody,
+                    ..Wishes::default()
+                },
+                "no user",
+            ),
+            (
+                Wishes {
+                    cgroups: &nothing,
+                    ..Wishes::default()
+                },
+                "control group",
+            ),
+        ] {
+            let error = Selection::new(&wishes).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
