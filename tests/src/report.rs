@@ -109,6 +109,19 @@ impl Report {
         of_pid[0]
     }
 
+    /// The instance that a PID was last, after any `exec`.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    #[must_use]
+    pub fn last_of(&self, pid: u32) -> &Value {
+        self.processes()
+            .iter()
+            .rfind(|process| process["pid"].as_u64() == Some(pid.into()))
+            .unwrap_or_else(|| panic!("no instance of process {pid} in\n{self}"))
+    }
+
     /// Totals of all process instances together.
     #[must_use]
     pub fn totals(&self) -> Counts {
@@ -153,6 +166,23 @@ fn books_of_sites<'a>(sites: impl Iterator<Item = &'a Value>) -> Books {
     let mut books = Books::default();
     for site in sites {
         if let Some(function) = function_of(site, 0).filter(|name| name.starts_with("site_")) {
+            books.add(function, Counts::of_report(site));
+        }
+    }
+    books
+}
+
+/// Counts of the fixtures' sites by the innermost of their functions on each stack: some allocate by way
+/// of others.
+#[must_use]
+pub fn books_through_any_frame<'a>(sites: impl Iterator<Item = &'a Value>) -> Books {
+    let mut books = Books::default();
+    for site in sites {
+        let frames = site["stack"].as_array().map_or(0, Vec::len);
+        let function = (0..frames)
+            .filter_map(|frame| function_of(site, frame))
+            .find(|name| name.starts_with("site_"));
+        if let Some(function) = function {
             books.add(function, Counts::of_report(site));
         }
     }

@@ -19,18 +19,22 @@ use crate::{
 /// Where a fixture writes its books.
 #[derive(Debug)]
 struct BooksFile {
-    directory: TempDir,
+    path: PathBuf,
+    /// What it is in, if that is ours.
+    _directory: Option<TempDir>,
 }
 
 impl BooksFile {
     fn new() -> Self {
+        let directory = TempDir::new().expect("failed to create a directory");
         Self {
-            directory: TempDir::new().expect("failed to create a directory"),
+            path: directory.path().join("books.json"),
+            _directory: Some(directory),
         }
     }
 
     fn path(&self) -> PathBuf {
-        self.directory.path().join("books.json")
+        self.path.clone()
     }
 }
 
@@ -60,6 +64,44 @@ impl Target {
         };
         target.process.expect("ready");
         target
+    }
+
+    /// As [`Self::start_with`], for a fixture that has another root: the file for its books, as we and as
+    /// it sees it.
+    #[must_use]
+    pub fn start_in(
+        mut command: Command,
+        books: PathBuf,
+        books_inside: &Path,
+        arguments: &[&str],
+    ) -> Self {
+        command.arg(books_inside).args(arguments);
+        let target = Self {
+            process: Process::start(&mut command),
+            books: BooksFile {
+                path: books,
+                _directory: None,
+            },
+        };
+        target.process.expect("ready");
+        target
+    }
+
+    /// Runs a fixture that waits for nothing. Gives the PID that it had, and its books.
+    ///
+    /// # Panics
+    ///
+    /// If it failed.
+    #[must_use]
+    pub fn run_to_end(program: &Path, arguments: &[&str]) -> (u32, Books) {
+        let books = BooksFile::new();
+        let mut command = Command::new(program);
+        command.arg(books.path()).args(arguments);
+        let process = Process::start(&mut command);
+        let pid = process.pid();
+        let finished = process.finish();
+        assert_eq!(finished.code(), 0, "{finished}");
+        (pid, Books::of_fixture(&books.path()).0)
     }
 
     /// Its PID.

@@ -141,6 +141,13 @@ impl Unfreed {
         self
     }
 
+    /// With a JSON report in a file, which verbs other than these have not.
+    #[must_use]
+    pub fn with_report(mut self) -> Self {
+        self.with_report = true;
+        self
+    }
+
     /// Leaves out the options for a JSON report in a file.
     #[must_use]
     pub fn without_report(mut self) -> Self {

@@ -7,6 +7,9 @@ use crate::pod;
 /// Name of the read-only global that holds the [`Config`].
 pub const CONFIG_SYMBOL: &str = "CONFIG";
 
+/// Blocks that one stands for that is recorded of an instance with too many.
+pub const SAMPLED_WEIGHT: u32 = 16;
+
 /// What the programs need to know of the running kernel and of the session.
 ///
 /// Offsets are in bytes, from the kernel's BTF.
@@ -39,6 +42,10 @@ pub struct Config {
     pub max_depth: u32,
     /// Not 0 to copy the memory of complete stacks too, so that the user side can check them.
     pub copy_all_stacks: u32,
+    /// Sites that one instance can have; what it allocates elsewhere then has no stack.
+    pub max_sites_of_instance: u32,
+    /// Live blocks of one instance from which on only one in [`SAMPLED_WEIGHT`] new ones is recorded.
+    pub max_live_of_instance: u32,
     /// Makes the next field aligned.
     pub padding: u32,
     /// Whose programs become instances when they are executed.
@@ -67,5 +74,5 @@ pub struct Starts {
 }
 
 const _: () = assert!(size_of::<Starts>() == 32);
-const _: () = assert!(size_of::<Config>() == 96);
+const _: () = assert!(size_of::<Config>() == 104);
 pod!(Config);

@@ -62,9 +62,13 @@ pub struct Instance {
     /// [`Instance::code_changes`] when what is in `segments` was looked up: while they differ,
     /// another library may lie where a segment says.
     pub code_seen: u32,
-    /// Makes the size a multiple of 8 bytes.
-    pub padding: u32,
+    /// Sites that it has.
+    pub sites: u32,
+    /// Blocks that it has in the ledger.
+    pub live_blocks: u64,
+    /// Blocks that were not recorded because it had too many; others stand for them.
+    pub sampled_out: u64,
 }
 
-const _: () = assert!(size_of::<Instance>() == 80);
+const _: () = assert!(size_of::<Instance>() == 96);
 pod!(Instance);

@@ -40,7 +40,7 @@ missed_events! {
         "blocks were not recorded because the ledger was full: all figures are too low (raise --max-live)",
     /// The site table had no room for a stack; its blocks went to the overflow site.
     SitesFull = "sites_full":
-        "allocations are counted without their stack because the site table was full (raise --max-sites)",
+        "allocations are counted without their stack because the site table was full, or the part of it that one process may have (raise --max-sites or --max-sites-per-process)",
     /// A new stack's frames found no room in the ring buffer; they are sent again at the next allocation.
     StacksDelayed = "stacks_delayed":
         "times a new stack could not be handed over at once; it was tried again at its next allocation",

@@ -4,9 +4,12 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, pt_regs},
-    helpers::generated::{bpf_get_current_pid_tgid, bpf_ktime_get_ns, bpf_ringbuf_output},
+    helpers::generated::{
+        bpf_get_current_pid_tgid, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_ringbuf_output,
+    },
 };
 use tracer_common::{
+    config::SAMPLED_WEIGHT,
     event::{EventHeader, EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES, StackEvent},
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
     instance::Instance,
@@ -84,7 +87,7 @@ pub(crate) fn count_free(state: &Instance, block: &Block) {
         let lifetime_ns = bpf_ktime_get_ns().wrapping_sub(block.birth_ns);
         let slot = opaque(lifetime_slot(lifetime_ns));
         if slot < LIFETIME_SLOTS {
-            add_u64(&raw mut (*site).lifetimes[slot], 1);
+            add_u64(&raw mut (*site).lifetimes[slot], u64::from(block.weight));
         }
         end_of_life(state, site, block);
     }
@@ -97,12 +100,36 @@ pub(crate) fn count_free(state: &Instance, block: &Block) {
 unsafe fn end_of_life(state: &Instance, site: *mut Site, block: &Block) {
     // SAFETY: field addresses of a live map element.
     unsafe {
-        add_u64(&raw mut (*site).frees, 1);
-        add_u64(&raw mut (*site).freed_bytes, block.size_bytes);
+        let weight = u64::from(block.weight);
+        add_u64(&raw mut (*site).frees, weight);
+        add_u64(
+            &raw mut (*site).freed_bytes,
+            block.size_bytes.wrapping_mul(weight),
+        );
         if let Some(births) = births_of(state, site, block.birth_ns) {
-            add_u32(births, u32::MAX);
+            add_u32(births, block.weight.wrapping_neg());
+        }
+        if CONFIG.load().max_live_of_instance != 0 {
+            add_u64((&raw const state.live_blocks).cast_mut(), u64::MAX);
         }
     }
+}
+
+/// How many blocks a new one stands for; None if others stand for it, as the instance has too many.
+#[inline(always)]
+fn weight(state: &Instance) -> Option<u32> {
+    let most = CONFIG.load().max_live_of_instance;
+    // SAFETY: a field of a live map element; the helper takes no argument.
+    unsafe {
+        if most == 0 || (&raw const state.live_blocks).read_volatile() < u64::from(most) {
+            return Some(1);
+        }
+        if !bpf_get_prandom_u32().is_multiple_of(SAMPLED_WEIGHT) {
+            add_u64((&raw const state.sampled_out).cast_mut(), 1);
+            return None;
+        }
+    }
+    Some(SAMPLED_WEIGHT)
 }
 
 /// # Safety
@@ -127,6 +154,9 @@ pub(crate) fn record(
     address: u64,
     size_bytes: u64,
 ) {
+    let Some(weight) = weight(state) else {
+        return;
+    };
     let site_id = site_of(regs, state, instance);
     let Some(site) = SITES.get_ptr_mut(site_id) else {
         missed::count(Missed::MapErrors);
@@ -138,7 +168,7 @@ pub(crate) fn record(
         size_bytes,
         birth_ns,
         site: site_id,
-        weight: 1,
+        weight,
     };
     let key = key(instance, address);
     match LEDGER.insert(key, block, u64::from(BPF_NOEXIST)) {
@@ -155,10 +185,14 @@ pub(crate) fn record(
     }
     // SAFETY: field addresses of a live map element.
     unsafe {
-        add_u64(&raw mut (*site).allocs, 1);
-        add_u64(&raw mut (*site).alloc_bytes, size_bytes);
+        add_u64(&raw mut (*site).allocs, u64::from(weight));
+        let bytes = size_bytes.wrapping_mul(u64::from(weight));
+        add_u64(&raw mut (*site).alloc_bytes, bytes);
         if let Some(births) = births_of(state, site, birth_ns) {
-            add_u32(births, 1);
+            add_u32(births, weight);
+        }
+        if CONFIG.load().max_live_of_instance != 0 {
+            add_u64((&raw const state.live_blocks).cast_mut(), 1);
         }
     }
 }
@@ -202,7 +236,7 @@ fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
     let id = match SITE_IDS.get_ptr(key) {
         // SAFETY: a live map element that is never changed.
         Some(id) => Some(unsafe { *id }),
-        None => new_site(key),
+        None => new_site(key, state),
     };
     let id = match id {
         Some(id) => {
@@ -263,11 +297,13 @@ fn header(kind: EventKind, instance: u32, detail: u32) -> EventHeader {
     }
 }
 
-/// Id of a site that nobody has.
+/// Of so many sites one is kept for the blocks of instances to come.
+const SITES_PER_RESERVED: u32 = 16;
+
+/// Id of a site that nobody has, of the first `max_sites`.
 #[inline(always)]
-fn free_site() -> Option<u32> {
+fn free_site(max_sites: u32) -> Option<u32> {
     let count = SITE_COUNT.get_ptr_mut(0)?;
-    let max_sites = CONFIG.load().max_sites;
     // Looked at first, so that a full table does not make the counter wrap.
     // SAFETY: an aligned live map element.
     if unsafe { count.read_volatile() } < max_sites {
@@ -283,7 +319,7 @@ fn free_site() -> Option<u32> {
 /// Sets a site aside that takes the blocks of an instance whose stacks find no site.
 #[inline(always)]
 pub(crate) fn overflow_site(instance: u32) -> Option<u32> {
-    let id = free_site()?;
+    let id = free_site(CONFIG.load().max_sites)?;
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {
@@ -296,8 +332,18 @@ pub(crate) fn overflow_site(instance: u32) -> Option<u32> {
 /// Gives a new stack its site. Two processors that see the same stack first agree on the one that
 /// got into the map; the other's id stays unused.
 #[inline(always)]
-fn new_site(key: SiteKey) -> Option<u32> {
-    let id = free_site()?;
+fn new_site(key: SiteKey, state: &Instance) -> Option<u32> {
+    let config = CONFIG.load();
+    let sites = (&raw const state.sites).cast_mut();
+    // SAFETY: an aligned field of a live map element. Processors that ask at the same moment may get
+    // one each beyond the limit.
+    unsafe {
+        if sites.read_volatile() >= config.max_sites_of_instance {
+            return None;
+        }
+        add_u32(sites, 1);
+    }
+    let id = free_site(config.max_sites - config.max_sites / SITES_PER_RESERVED)?;
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {

@@ -113,6 +113,9 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         (*state).borrowers = 0;
         (*state).code_changes = changes;
         (*state).code_seen = seen;
+        (*state).sites = 0;
+        (*state).live_blocks = 0;
+        (*state).sampled_out = 0;
     }
     let membership = Membership {
         instance,

@@ -35,6 +35,8 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     max_sites: 0,
     max_depth: 0,
     copy_all_stacks: 0,
+    max_sites_of_instance: 0,
+    max_live_of_instance: 0,
     padding: 0,
     starts: Starts {
         any: 0,

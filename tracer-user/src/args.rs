@@ -168,6 +168,14 @@ pub struct TraceOptions {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SITES,
           value_parser = clap::value_parser!(u32).range(16..=1 << 22))]
     pub max_sites: u32,
+    /// Live blocks of one process from which on only one in 16 new ones is recorded, and stands for 16
+    /// [default: --max-live for one process, a quarter of it for several]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_live_per_process: Option<u32>,
+    /// Different stacks of one process [default: --max-sites for one process, a quarter of it for
+    /// several]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_sites_per_process: Option<u32>,
     /// Frames taken of a stack, at most 512
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_DEPTH,
           value_parser = clap::value_parser!(u32).range(1..=MAX_FRAMES as i64))]
@@ -206,6 +214,8 @@ impl Default for TraceOptions {
             symbol_prefix: None,
             max_live: DEFAULT_MAX_LIVE,
             max_sites: DEFAULT_MAX_SITES,
+            max_live_per_process: None,
+            max_sites_per_process: None,
             follow: false,
             force: false,
             perf_links: false,

@@ -116,6 +116,7 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         },
         // An `exec` by another thread ends the main one too.
         main_thread_exited: target.main_thread_exited && target.end != Some(End::Replaced),
+        sampled_out: figures.state.sampled_out,
         totals,
         stacks,
         sites,

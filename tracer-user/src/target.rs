@@ -362,6 +362,12 @@ impl Target {
         }
     }
 
+    /// Whether it has ended, and nothing keeps its place from being another's.
+    #[must_use]
+    pub fn is_to_be_closed(&self) -> bool {
+        self.end.is_some() && self.closed.is_none() && !self.has_own_probes()
+    }
+
     /// Whether probes stand that are for this process alone.
     #[must_use]
     pub fn has_own_probes(&self) -> bool {

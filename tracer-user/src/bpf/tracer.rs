@@ -47,6 +47,11 @@ pub struct Limits {
     pub max_live_blocks: u32,
     /// Different stacks.
     pub max_sites: u32,
+    /// Live blocks of one process from which on only one in
+    /// [`SAMPLED_WEIGHT`](tracer_common::config::SAMPLED_WEIGHT) is recorded.
+    pub max_live_of_process: u32,
+    /// Different stacks of one process.
+    pub max_sites_of_process: u32,
     /// Smaller blocks are not recorded.
     pub min_size_bytes: u64,
     /// Larger blocks are not recorded.
@@ -66,6 +71,8 @@ impl Limits {
     pub const LEAST: Self = Self {
         max_live_blocks: 1024,
         max_sites: 64,
+        max_live_of_process: 1024,
+        max_sites_of_process: 64,
         min_size_bytes: 0,
         max_size_bytes: u64::MAX,
         max_depth: 1,
@@ -150,6 +157,12 @@ impl Tracer {
             max_size_bytes: limits.max_size_bytes,
             max_sites: limits.max_sites,
             max_depth: limits.max_depth,
+            max_sites_of_instance: limits.max_sites_of_process,
+            // With the whole ledger to itself, an instance needs no count of its own.
+            max_live_of_instance: match limits.max_live_of_process < limits.max_live_blocks {
+                true => limits.max_live_of_process,
+                false => 0,
+            },
             copy_all_stacks: u32::from(limits.copy_all_stacks),
             starts: limits.starts,
             ..Config::default()

@@ -156,6 +156,10 @@ pub struct ProcessReport {
     /// Children that borrowed the memory until their `exec` (vfork, posix_spawn), where their
     /// allocator calls could not be seen.
     pub unseen_vfork_children: u32,
+    /// Blocks that were not recorded because the process had too many: others stand for them, so that
+    /// figures are estimates.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub sampled_out: u64,
     /// Whether the main thread ended while others went on: the kernel may then have taken the
     /// probes away.
     pub main_thread_exited: bool,

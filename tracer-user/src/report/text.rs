@@ -268,6 +268,14 @@ fn write_gaps(process: &ProcessReport, to: &mut dyn Write) -> io::Result<()> {
             counted(u64::from(process.unseen_vfork_children), "program"),
         )?;
     }
+    if process.sampled_out > 0 {
+        writeln!(
+            to,
+            "  ! It had more blocks than one process may have (--max-live-per-process): {} were not \
+             recorded,\n    and others stand for them. Its figures are estimates.\n",
+            counted(process.sampled_out, "block"),
+        )?;
+    }
     if process.main_thread_exited {
         writeln!(
             to,
@@ -437,16 +445,17 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         .collect();
     if report.untracked_frees > 0 {
         let of = if recorded_sizes(report).is_some() {
-            "blocks from before tracing began, or left out by size"
+            "blocks from before tracing began, or left out by size, or given back by the cache of a thread that ended"
         } else if missed.is_empty() {
-            "blocks from before tracing began, and so not counted"
+            "blocks from before tracing began, or given back by the cache of a thread that ended, are not counted"
         } else {
             "blocks that are not in the books: from before tracing began, or not recorded"
         };
         writeln!(to, "{} of {of}.", counted(report.untracked_frees, "free"))?;
     }
-    let has_gap =
-        |process: &ProcessReport| process.unseen_vfork_children > 0 || process.main_thread_exited;
+    let has_gap = |process: &ProcessReport| {
+        process.unseen_vfork_children > 0 || process.main_thread_exited || process.sampled_out > 0
+    };
     if !missed.is_empty() {
         writeln!(to, "Not everything was seen:")?;
         for (missed, number) in missed {

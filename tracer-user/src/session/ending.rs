@@ -44,6 +44,18 @@ impl Session {
         }
     }
 
+    /// Takes the figures of ended instances out of the kernel before the next interval's end, if many have
+    /// ended since the last.
+    pub(super) fn close_many(&mut self) {
+        const MANY: usize = 256;
+        let ended = self.targets.iter().filter(|target| target.is_to_be_closed());
+        if ended.count() >= MANY
+            && let Err(error) = self.close_ended()
+        {
+            log::warn!("{error:#}");
+        }
+    }
+
     /// Takes the figures of ended instances out of the kernel, where others need the room. While only
     /// ended ones are left, nobody does.
     pub(super) fn close_ended(&mut self) -> anyhow::Result<()> {
@@ -53,7 +65,7 @@ impl Session {
         let ended: HashMap<u32, u64> = self
             .targets
             .iter()
-            .filter(|target| target.end.is_some() && target.is_told && target.closed.is_none())
+            .filter(|target| target.is_to_be_closed())
             .map(|target| {
                 let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
                 (target.instance, end_ns)

@@ -43,6 +43,7 @@ impl Session {
             self.know_code();
             self.take_copy(&record);
         }
+        self.close_many();
     }
 
     /// Has tables built for new code, and the kernel side know what code there is.

@@ -103,10 +103,19 @@ impl Session {
         );
         let host = Host::read();
         host.check()?;
+        // One process cannot take it all from the others.
+        let has_several = trace.follow || selection.is_open() || selection.pids().count() > 1;
+        let share = |all: u32| if has_several { all / 4 } else { all };
         let mut tracer = Tracer::load(
             Limits {
                 max_live_blocks: trace.max_live,
                 max_sites: trace.max_sites,
+                max_live_of_process: trace
+                    .max_live_per_process
+                    .unwrap_or_else(|| share(trace.max_live)),
+                max_sites_of_process: trace
+                    .max_sites_per_process
+                    .unwrap_or_else(|| share(trace.max_sites)),
                 min_size_bytes: trace.min_size,
                 max_size_bytes: trace.max_size,
                 max_depth: trace.max_depth,

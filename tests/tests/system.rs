@@ -1,0 +1,233 @@
+//! Many processes in one session: named in every way, there already or to come.
+
+#![allow(clippy::expect_used, reason = "helpers of tests")]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use unfreed_tests::{
+    books::{Books, Counts, field},
+    command::output_of,
+    fixture::{Fixture, own_allocator},
+    machine,
+    process::children_of,
+    report::{Report, books_through_any_frame, exit_of, sites_of},
+    skip,
+    target::Target,
+    text,
+    unfreed::{Session, Unfreed},
+};
+
+/// A fixture among the processes that are traced.
+struct Subject {
+    name: &'static str,
+    target: Target,
+    /// As unfreed sees it.
+    pid: u32,
+}
+
+impl Subject {
+    fn new(name: &'static str, target: Target) -> Self {
+        let pid = target.pid();
+        Self { name, target, pid }
+    }
+
+    /// Fails unless the process is exact at every site.
+    fn assert_exact(&self, report: &Report) {
+        let seen = books_through_any_frame(sites_of(report.last_of(self.pid)));
+        println!("{}: {}", self.name, report.last_of(self.pid)["totals"]);
+        self.target
+            .books()
+            .assert_equal(&seen, format_args!("{}\n{report}", self.name));
+    }
+}
+
+fn preloading(library: &Path, program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env("LD_PRELOAD", library);
+    command
+}
+
+fn attach_all(options: &[&str]) -> Session {
+    Unfreed::verb("attach", ["--all"])
+        .with_report()
+        .options(options)
+        .start()
+        .tracing()
+}
+
+fn ledger() -> PathBuf {
+    Fixture::new("ledger.c").flag("-ldl").build()
+}
+
+fn plain() -> Fixture {
+    Fixture::new("plain.c")
+}
+
+/// A directory tree that has a program, its interpreter and its libraries, copied: other files than
+/// those of the host.
+fn own_root(program: &Path) -> TempDir {
+    let root = TempDir::new().expect("failed to create a directory");
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))
+        .expect("failed to open a directory to others");
+    let mut files = vec![program.to_owned()];
+    // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, and the loader alone.
+    let libraries = output_of(Command::new("ldd").arg(program));
+    files.extend(
+        libraries
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'))
+            .map(PathBuf::from),
+    );
+    for file in files {
+        let inside = file.strip_prefix("/").expect("an absolute path");
+        let to = root.path().join(inside);
+        fs::create_dir_all(to.parent().expect("a parent")).expect("failed to create a directory");
+        fs::copy(&file, &to).expect("failed to copy a file");
+    }
+    root
+}
+
+/// The fixture in mount and PID namespaces of its own, in which it is PID 1.
+fn contained(program: &Path) -> (TempDir, Target, u32) {
+    let root = own_root(program);
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "--pid", "--fork", "--kill-child"])
+        .arg(format!("--root={}", root.path().display()))
+        .arg(program);
+    let books = root.path().join("books.json");
+    let target = Target::start_in(command, books, Path::new("/books.json"), &[]);
+    let inner = children_of(target.pid());
+    assert_eq!(inner.len(), 1, "children of unshare");
+    (root, target, inner[0])
+}
+
+/// Books of a program's children, which are all the instances of its program but itself.
+fn books_of_children(report: &Report, parent: u32, exe: &Value) -> (usize, Books) {
+    let children: Vec<&Value> = report
+        .processes()
+        .iter()
+        .filter(|process| process["exe"] == *exe && process["pid"] != parent)
+        .collect();
+    let mut books = Books::default();
+    for child in &children {
+        assert_eq!(exit_of(child), (Some(0), None));
+        for (site, counts) in books_through_any_frame(sites_of(child)).0 {
+            books.add(&site, counts);
+        }
+    }
+    (children.len(), books)
+}
+
+#[test]
+fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
+    if !skip::is_root() {
+        return;
+    }
+    let libraries = [
+        ("jemalloc", "libjemalloc.so.2"),
+        ("tcmalloc", "libtcmalloc_minimal.so.4"),
+        ("mimalloc", "libmimalloc.so.2"),
+    ];
+    let mut preloaded = Vec::new();
+    for (name, file) in libraries {
+        let Some(library) = skip::need_library(file) else {
+            return;
+        };
+        preloaded.push((name, library));
+    }
+    let Some(musl) = skip::need_program("musl-gcc") else {
+        return;
+    };
+    let _turn = machine::take();
+    let ledger = ledger();
+    let hold = |seed: &'static str| [seed, "4", "8192", "hold"];
+    let mut subjects = vec![Subject::new("glibc", Target::start(&ledger, &hold("1")))];
+    for (name, library) in &preloaded {
+        let command = preloading(library, &ledger);
+        subjects.push(Subject::new(name, Target::start_with(command, &hold("2"))));
+    }
+    let static_glibc = plain().flag("-static").build();
+    let static_musl = plain().flag("-static").compiled_by(&musl).build();
+    let rust = Fixture::new("plain.rs").build();
+    for (name, program) in [
+        ("static glibc", &static_glibc),
+        ("static musl", &static_musl),
+        ("Rust", &rust),
+    ] {
+        subjects.push(Subject::new(name, Target::start(program, &[])));
+    }
+    let (_root, target, pid) = contained(&plain().build());
+    subjects.push(Subject {
+        name: "container",
+        target,
+        pid,
+    });
+    let library = own_allocator();
+    let mut loads = Target::start(
+        &Fixture::new("dlopens_allocator.c").flag("-ldl").build(),
+        &[library.to_str().expect("a path in UTF-8")],
+    );
+    let mut forks = Target::start(&Fixture::new("forks.c").build(), &["1000"]);
+
+    // What was there before it, the machine's own processes included, is traced too.
+    let session = attach_all(&["--max-live", "2000000"]);
+    let mut late = Subject::new("late", Target::start(&ledger, &["3", "4", "8192", "hold"]));
+    loads.process.ask("go", "loaded");
+    for subject in &mut subjects {
+        subject.target.work();
+    }
+    late.target.work();
+    loads.work();
+    forks.work();
+    // Nothing waits for the probes of a program that was started a moment ago and runs at once.
+    let at_once = Target::run_to_end(&ledger, &["4", "4", "8192"]);
+    let outcome = session.stop();
+    let report = outcome.report_with_code(0);
+    report.assert_nothing_missed();
+    for subject in &subjects {
+        subject.assert_exact(report);
+    }
+    late.assert_exact(report);
+    assert_eq!(report.last_of(late.pid)["from_start"], true);
+
+    let seen = books_through_any_frame(sites_of(report.last_of(at_once.0)));
+    at_once.1.assert_equal(&seen, report);
+    assert_eq!(report.last_of(at_once.0)["from_start"], true);
+
+    let loads = Subject::new("dlopen", loads);
+    loads.assert_exact(report);
+
+    let parent = report.process(forks.pid());
+    let (children, mut books) = books_of_children(report, forks.pid(), &parent["exe"]);
+    assert_eq!(children, 1000);
+    for (site, counts) in books_through_any_frame(sites_of(parent)).0 {
+        books.add(&site, counts);
+    }
+    forks.books().assert_equal(&books, report);
+    assert_eq!(field(parent, "untraced_children"), 0);
+    // One view over all of them.
+    let program = report.0["programs"]
+        .as_array()
+        .and_then(|programs| {
+            programs
+                .iter()
+                .find(|program| program["exe"] == parent["exe"])
+        })
+        .expect("the program of the children");
+    assert_eq!(field(program, "instances"), 1001);
+    assert_eq!(Counts::of_report(&program["totals"]), books.sum());
+
+    let contained = report.process(pid);
+    assert_eq!(field(contained, "namespace_pid"), 1);
+    for subject in &subjects {
+        text::assert_clean(subject.pid);
+    }
+}
