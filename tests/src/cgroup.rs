@@ -56,6 +56,12 @@ impl MemoryCgroup {
         Ok(group)
     }
 
+    /// Its directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Words that run the program behind them inside the group.
     #[must_use]
     pub fn wrapper(&self) -> Vec<String> {

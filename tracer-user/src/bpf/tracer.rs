@@ -11,7 +11,7 @@ use anyhow::{Context as _, anyhow, bail};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, Pod,
     maps::{HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
-    programs::RawTracePoint,
+    programs::{RawTracePoint, raw_trace_point::RawTracePointLinkId},
 };
 use aya_log::EbpfLogger;
 use serde::Serialize;
@@ -133,6 +133,8 @@ pub struct LoadedProgram {
 pub struct Tracer {
     ebpf: Ebpf,
     attacher: Attacher,
+    /// What opens instances, and closes them, by the tracepoint.
+    starts: std::collections::HashMap<&'static str, RawTracePointLinkId>,
     unwind: UnwindMaps,
     instances: MappedArray<Instance>,
     sites: MappedArray<Site>,
@@ -185,6 +187,8 @@ impl Tracer {
             .map_max_entries("SEGMENTS", SEGMENTS)
             .load(OBJECT)
             .map_err(|error| explain(error, &limits))?;
+        number_instances(&mut ebpf)?;
+        let mut starts = std::collections::HashMap::new();
         for name in RAW_TRACEPOINTS {
             let program: &mut RawTracePoint = ebpf
                 .program_mut(name)
@@ -193,9 +197,10 @@ impl Tracer {
             program
                 .load()
                 .with_context(|| format!("failed to load BPF program {name}"))?;
-            program
+            let link = program
                 .attach(name)
                 .with_context(|| format!("failed to attach to the kernel's tracepoint {name}"))?;
+            starts.insert(name, link);
         }
         let attacher = Attacher::load(OBJECT, &mut ebpf, perf_links)?;
         // Last, as it takes its map away from where a second loader looks for it.
@@ -213,23 +218,17 @@ impl Tracer {
             .context("failed to map the unwind tables")?;
         let segments = MappedArray::new(data(&ebpf, "SEGMENTS")?, SEGMENTS as usize)
             .context("failed to map the code segments")?;
-        let mut tracer = Self {
+        Ok(Self {
             ebpf,
             attacher,
+            starts,
             unwind: UnwindMaps::new(tables, segments)?,
             instances,
             sites,
             site_count,
             max_sites: limits.max_sites,
             log,
-        };
-        let mut free = tracer.queue("FREE_INSTANCES")?;
-        // 0 is nobody's: so a site that was never used, or is free again, looks.
-        for instance in 1..MAX_INSTANCES {
-            free.push(instance, 0)
-                .context("failed to number the instances")?;
-        }
-        Ok(tracer)
+        })
     }
 
     /// Hands what the programs logged on to our own log.
@@ -312,11 +311,7 @@ impl Tracer {
     }
 
     fn queue(&mut self, name: &str) -> anyhow::Result<Queue<&mut MapData, u32>> {
-        let map = self
-            .ebpf
-            .map_mut(name)
-            .ok_or_else(|| anyhow!("no map {name}"))?;
-        Ok(Queue::try_from(map)?)
+        queue(&mut self.ebpf, name)
     }
 
     /// Opens an instance for a process; it does not record before [`Tracer::arm`].
@@ -464,6 +459,26 @@ impl Tracer {
     /// makes false leaks.
     pub fn disarm(&self, instance: u32) {
         self.flags(instance).fetch_and(!ARMED, Ordering::SeqCst);
+    }
+
+    /// Ends recording of all instances, and opens no more.
+    pub fn disarm_all(&mut self) -> anyhow::Result<()> {
+        for name in ["task_newtask", "sched_process_exec"] {
+            if let Some(link) = self.starts.remove(name) {
+                let program: &mut RawTracePoint = self
+                    .ebpf
+                    .program_mut(name)
+                    .ok_or_else(|| anyhow!("the BPF object has no program {name}"))?
+                    .try_into()?;
+                program
+                    .detach(link)
+                    .with_context(|| format!("failed to detach from {name}"))?;
+            }
+        }
+        for instance in 0..MAX_INSTANCES {
+            self.disarm(instance);
+        }
+        Ok(())
     }
 
     /// Clears a flag other than [`ARMED`].
@@ -625,6 +640,22 @@ impl Tracer {
         }
         Ok(blocks)
     }
+}
+
+fn queue<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<Queue<&'a mut MapData, u32>> {
+    let map = ebpf.map_mut(name).ok_or_else(|| anyhow!("no map {name}"))?;
+    Ok(Queue::try_from(map)?)
+}
+
+/// Gives the instances their numbers, which the programs take from the moment that they are attached.
+fn number_instances(ebpf: &mut Ebpf) -> anyhow::Result<()> {
+    let mut free = queue(ebpf, "FREE_INSTANCES")?;
+    // 0 is nobody's: so a site that was never used, or is free again, looks.
+    for instance in 1..MAX_INSTANCES {
+        free.push(instance, 0)
+            .context("failed to number the instances")?;
+    }
+    Ok(())
 }
 
 /// Removes an element, if it is there; gives whether it was.

@@ -158,7 +158,6 @@ pub struct ProcessReport {
     pub unseen_vfork_children: u32,
     /// Blocks that were not recorded because the process had too many: others stand for them, so that
     /// figures are estimates.
-    #[serde(skip_serializing_if = "is_zero")]
     pub sampled_out: u64,
     /// Whether the main thread ended while others went on: the kernel may then have taken the
     /// probes away.

@@ -25,7 +25,10 @@ impl Session {
         for (index, target) in targets.iter_mut().enumerate() {
             if target.end.is_some() && !target.is_told {
                 target.is_told = true;
-                taken.extend(target.disarm(tracer));
+                // The number of one that is closed may be another's by now.
+                if target.closed.is_none() {
+                    taken.extend(target.disarm(tracer));
+                }
                 ended.push(index);
             }
         }
@@ -48,7 +51,10 @@ impl Session {
     /// ended since the last.
     pub(super) fn close_many(&mut self) {
         const MANY: usize = 256;
-        let ended = self.targets.iter().filter(|target| target.is_to_be_closed());
+        let ended = self
+            .targets
+            .iter()
+            .filter(|target| target.is_to_be_closed());
         if ended.count() >= MANY
             && let Err(error) = self.close_ended()
         {

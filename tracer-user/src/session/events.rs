@@ -160,10 +160,11 @@ impl Session {
                 process.labels = Labels::of(header.tgid, &mut self.container_names);
                 process
             }
-            Err(_) if Process::is_alive(header.tgid) => {
+            Err(_) if Process::is_unfreed(header.tgid) => {
                 self.leave_out(header);
                 return;
             }
+            // Over already, or about to be.
             Err(_) => Process::gone(header.tgid, &comm(record)),
         };
         // What a followed process has executed is traced, whatever it is.

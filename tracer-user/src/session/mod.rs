@@ -453,6 +453,9 @@ impl Session {
 
     /// Ends recording, takes every probe away, and takes in what was said last.
     pub fn stop(&mut self) -> anyhow::Result<()> {
+        // Those that were opened just now and of which nobody has heard included: while probes are taken
+        // away, frees may be seen no more and allocations still be.
+        self.tracer.disarm_all()?;
         let mut links: Vec<_> = self
             .targets
             .iter_mut()
