@@ -3,6 +3,7 @@
 //! Every round measures each way once, so that a machine whose speed drifts does not favour any;
 //! the medians over the rounds are compared. Machines differ, ratios hold.
 
+mod host;
 mod pair_loop;
 mod pairs;
 mod unwind;
@@ -31,6 +32,8 @@ enum What {
     Pairs,
     /// Walking a stack, and the tables for it
     Unwind,
+    /// Hundreds of processes at once
+    Host,
 }
 
 /// Runs the benchmarks and prints their tables.
@@ -45,6 +48,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if wanted(What::Unwind) {
         unwind::run(&directory, args.rounds)?;
+    }
+    if wanted(What::Host) {
+        host::run(&directory, args.rounds)?;
     }
     Ok(())
 }
