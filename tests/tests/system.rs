@@ -41,7 +41,6 @@ impl Subject {
     /// Fails unless the process is exact at every site.
     fn assert_exact(&self, report: &Report) {
         let seen = books_through_any_frame(sites_of(report.last_of(self.pid)));
-        println!("{}: {}", self.name, report.last_of(self.pid)["totals"]);
         self.target
             .books()
             .assert_equal(&seen, format_args!("{}\n{report}", self.name));
