@@ -116,6 +116,13 @@ impl Fixture {
         self
     }
 
+    /// Calls the output so, where one source makes several.
+    #[must_use]
+    pub fn named(mut self, output: &str) -> Self {
+        output.clone_into(&mut self.output);
+        self
+    }
+
     /// Links with a library that was built here, which is found where it is.
     #[must_use]
     pub fn linked_with(self, library: &Path) -> Self {

@@ -137,10 +137,43 @@ impl Report {
         self.processes().iter().flat_map(sites_of)
     }
 
-    /// Counts of the fixtures' sites in all processes, by the function of the first frame.
+    /// Counts of the fixtures' sites in all processes, by the function of the first frame. The heap's
+    /// only.
     #[must_use]
     pub fn books(&self) -> Books {
-        books_of_sites(self.sites())
+        books_of_sites(self.sites().filter(|site| family_of(site).is_none()))
+    }
+
+    /// As [`Self::books`], of what was counted in one of these families.
+    #[must_use]
+    pub fn books_of_families(&self, families: &[&str]) -> Books {
+        books_of_sites(
+            self.sites()
+                .filter(|site| family_of(site).is_some_and(|name| families.contains(&name))),
+        )
+    }
+
+    /// As [`Self::books`], by the first frame that is a fixture's site, whatever is called in between:
+    /// an `operator new` that calls `malloc`.
+    #[must_use]
+    pub fn books_below_wrappers(&self) -> Books {
+        let mut books = Books::default();
+        for site in self.sites().filter(|site| family_of(site).is_none()) {
+            let depth = site["stack"].as_array().map_or(0, Vec::len);
+            let function = (0..depth)
+                .filter_map(|frame| function_of(site, frame))
+                .find(|name| name.starts_with("site_"));
+            if let Some(function) = function {
+                books.add(function, Counts::of_report(site));
+            }
+        }
+        books
+    }
+
+    /// Frees of blocks that the ledger never had.
+    #[must_use]
+    pub fn untracked_frees(&self) -> u64 {
+        field(&self.0, "untracked_frees")
     }
 }
 
@@ -189,6 +222,12 @@ pub fn books_through_any_frame<'a>(sites: impl Iterator<Item = &'a Value>) -> Bo
     books
 }
 
+/// What a site counts, if it is not the heap.
+#[must_use]
+pub fn family_of(site: &Value) -> Option<&str> {
+    site["family"].as_str()
+}
+
 /// Function of a frame of a site's stack, without its arguments; frame 0 called the allocator.
 #[must_use]
 pub fn function_of(site: &Value, frame: usize) -> Option<&str> {
@@ -222,7 +261,7 @@ pub fn assert_consistent(report: &Report) {
     );
     assert_eq!(report.0["mode"].as_str(), Some("exact"), "{report}");
     for process in report.processes() {
-        let mut sum = Counts::default();
+        let mut sums: BTreeMap<Option<&str>, Counts> = BTreeMap::new();
         for site in sites_of(process) {
             let counts = Counts::of_report(site);
             assert_eq!(counts.live_blocks, counts.allocs - counts.frees, "{site:#}");
@@ -237,13 +276,23 @@ pub fn assert_consistent(report: &Report) {
                     .is_some_and(|stack| !stack.is_empty()),
                 "a site without a stack: {site:#}"
             );
-            sum += counts;
+            *sums.entry(family_of(site)).or_default() += counts;
         }
+        let sum = sums.remove(&None).unwrap_or_default();
         assert_eq!(
             Counts::of_report(&process["totals"]),
             sum,
             "totals of {report}"
         );
+        for family in process["families"].as_array().into_iter().flatten() {
+            let sum = sums.remove(&family["name"].as_str()).unwrap_or_default();
+            assert_eq!(
+                Counts::of_report(&family["totals"]),
+                sum,
+                "totals of {family:#}"
+            );
+        }
+        assert!(sums.is_empty(), "sites of unknown families: {sums:?}");
         assert!(
             field(&process["totals"], "peak_live_bytes") >= sum.live_bytes,
             "the peak is below the end\n{report}"

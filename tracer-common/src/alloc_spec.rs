@@ -10,20 +10,49 @@ pub type Register = u8;
 /// Says that a function has no such argument.
 pub const NO_REGISTER: Register = 31;
 
-/// How a function returns the block.
+/// Where a function's block is found when it returns.
 #[repr(u8)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ResultKind {
     /// In the return register; null means failure.
+    #[default]
     Pointer = 0,
-    /// Through an out-pointer, valid only when the function returns 0 (`posix_memalign`).
+    /// Behind the out-pointer, if the call succeeded (`posix_memalign`).
     OutPointer = 1,
+    /// The out-pointer is the block itself, if the call succeeded: the caller's own memory that the
+    /// function made into something that has to be given back (`inflateInit_`).
+    Argument = 2,
+    /// Where it was: the function gives the size that the block has now, and failed if that is less
+    /// than was asked for (`xallocx`).
+    Resized = 3,
 }
+
+/// When a call succeeded whose result is no pointer.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Success {
+    /// It returned 0, as an `int`.
+    #[default]
+    Zero = 0,
+    /// It returned anything else, as an `int`.
+    NotZero = 1,
+    /// It returned 0 or more, as an `int`.
+    NotNegative = 2,
+    /// Whatever it returned.
+    Always = 3,
+}
+
+/// A family's number: functions that give and take back the same kind of thing. Each has a ledger of
+/// its own, as a `FILE` is also a block of `malloc` at the same address.
+pub type Family = u8;
+
+/// The allocators' family.
+pub const HEAP: Family = 0;
 
 /// Registers and conventions of one probed function, *at its probe point*.
 ///
 /// Encoded into the 64-bit attach cookie: four 5-bit register numbers from bit 0 (size, count,
-/// pointer, out-pointer), the result kind at bit 20.
+/// pointer, out-pointer), the result kind at bit 20, success at bit 23, the family at bit 32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocSpec {
     /// Register holding the size in bytes.
@@ -32,15 +61,23 @@ pub struct AllocSpec {
     pub count: Register,
     /// Register holding the block that is given up: `realloc`'s old block, `free`'s argument.
     pub pointer: Register,
-    /// Register holding the address that receives the block.
+    /// Register holding the address that receives the block, or the block itself.
     pub out_pointer: Register,
-    /// How the block is returned.
+    /// Where the block is found.
     pub result: ResultKind,
+    /// When a call succeeded that does not return the block.
+    pub success: Success,
+    /// What the block belongs to.
+    pub family: Family,
 }
 
 const REGISTER_BITS: u32 = 5;
 const REGISTER_MASK: u64 = (1 << REGISTER_BITS) - 1;
 const RESULT_SHIFT: u32 = 20;
+const RESULT_MASK: u64 = 7;
+const SUCCESS_SHIFT: u32 = 23;
+const SUCCESS_MASK: u64 = 3;
+const FAMILY_SHIFT: u32 = 32;
 
 impl AllocSpec {
     /// A function without arguments that matter.
@@ -50,6 +87,8 @@ impl AllocSpec {
         pointer: NO_REGISTER,
         out_pointer: NO_REGISTER,
         result: ResultKind::Pointer,
+        success: Success::Zero,
+        family: HEAP,
     };
 
     /// The attach cookie.
@@ -60,6 +99,8 @@ impl AllocSpec {
             | (self.pointer as u64) << (2 * REGISTER_BITS)
             | (self.out_pointer as u64) << (3 * REGISTER_BITS)
             | (self.result as u64) << RESULT_SHIFT
+            | (self.success as u64) << SUCCESS_SHIFT
+            | (self.family as u64) << FAMILY_SHIFT
     }
 }
 
@@ -96,11 +137,30 @@ impl Cookie {
         (self.0 >> (3 * REGISTER_BITS) & REGISTER_MASK) as Register
     }
 
-    /// Whether the block comes through an out-pointer.
+    /// Whether the block is found in this way.
     #[inline(always)]
     #[must_use]
-    pub const fn returns_through_out_pointer(self) -> bool {
-        self.0 >> RESULT_SHIFT & 1 == ResultKind::OutPointer as u64
+    pub const fn returns(self, kind: ResultKind) -> bool {
+        self.0 >> RESULT_SHIFT & RESULT_MASK == kind as u64
+    }
+
+    /// Whether a call succeeded that returned this, and not the block.
+    #[inline(always)]
+    #[must_use]
+    pub const fn succeeded(self, returned: u64) -> bool {
+        let returned = returned as i32;
+        let success = self.0 >> SUCCESS_SHIFT & SUCCESS_MASK;
+        (success == Success::Zero as u64 && returned == 0)
+            || (success == Success::NotZero as u64 && returned != 0)
+            || (success == Success::NotNegative as u64 && returned >= 0)
+            || success == Success::Always as u64
+    }
+
+    /// What the block belongs to.
+    #[inline(always)]
+    #[must_use]
+    pub const fn family(self) -> Family {
+        (self.0 >> FAMILY_SHIFT) as Family
     }
 }
 
@@ -116,6 +176,8 @@ mod tests {
             pointer: NO_REGISTER,
             out_pointer: 7,
             result: ResultKind::OutPointer,
+            success: Success::Always,
+            family: 255,
         };
         let cookie = Cookie(spec.to_cookie());
         assert_eq!(
@@ -123,10 +185,40 @@ mod tests {
                 cookie.size(),
                 cookie.count(),
                 cookie.pointer(),
-                cookie.out_pointer()
+                cookie.out_pointer(),
+                cookie.family(),
             ),
-            (2, 15, NO_REGISTER, 7)
+            (2, 15, NO_REGISTER, 7, 255)
         );
-        assert!(cookie.returns_through_out_pointer());
+        for kind in [
+            ResultKind::Pointer,
+            ResultKind::OutPointer,
+            ResultKind::Argument,
+            ResultKind::Resized,
+        ] {
+            assert_eq!(cookie.returns(kind), kind == ResultKind::OutPointer);
+        }
+    }
+
+    #[test]
+    fn success_is_judged_by_an_int() {
+        // The upper half of the register is not part of an `int`.
+        let (zero, negative, positive) = (0xffff_ffff_0000_0000, 0xffff_fff6, 3);
+        for (success, expected) in [
+            (Success::Zero, [true, false, false]),
+            (Success::NotZero, [false, true, true]),
+            (Success::NotNegative, [true, false, true]),
+            (Success::Always, [true, true, true]),
+        ] {
+            let spec = AllocSpec {
+                success,
+                ..AllocSpec::NONE
+            };
+            let cookie = Cookie(spec.to_cookie());
+            assert_eq!(
+                [zero, negative, positive].map(|returned| cookie.succeeded(returned)),
+                expected
+            );
+        }
     }
 }

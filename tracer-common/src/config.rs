@@ -46,6 +46,19 @@ pub struct Config {
     pub max_sites_of_instance: u32,
     /// Live blocks of one instance from which on only one in [`SAMPLED_WEIGHT`] new ones is recorded.
     pub max_live_of_instance: u32,
+    /// The highest number of a family that is probed.
+    pub families: u32,
+    /// `task_struct.utask`; 0 if the kernel has one of this and the following fields elsewhere, and
+    /// return addresses that it replaced cannot be looked up.
+    pub task_utask: u32,
+    /// `uprobe_task.return_instances`: the return addresses that the kernel replaced, the last first.
+    pub utask_return_instances: u32,
+    /// `return_instance.stack`: where the address was.
+    pub return_instance_stack: u32,
+    /// `return_instance.orig_ret_vaddr`: the address.
+    pub return_instance_address: u32,
+    /// `return_instance.next`.
+    pub return_instance_next: u32,
     /// Makes the next field aligned.
     pub padding: u32,
     /// Whose programs become instances when they are executed.
@@ -74,5 +87,5 @@ pub struct Starts {
 }
 
 const _: () = assert!(size_of::<Starts>() == 32);
-const _: () = assert!(size_of::<Config>() == 104);
+const _: () = assert!(size_of::<Config>() == 128);
 pod!(Config);

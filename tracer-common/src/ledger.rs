@@ -1,15 +1,39 @@
 //! The ledger of live blocks.
 
-use crate::pod;
+use crate::{alloc_spec::Family, pod};
 
-/// A block's key: an address means something only within its process instance.
+/// Where an address means something: a process instance (the lower half), and in it a family.
+pub type Scope = u64;
+
+/// A family of a process instance.
+#[inline(always)]
+#[must_use]
+pub const fn scope(instance: u32, family: Family) -> Scope {
+    instance as u64 | (family as u64) << 32
+}
+
+/// The process instance of a scope.
+#[inline(always)]
+#[must_use]
+pub const fn instance_of(scope: Scope) -> u32 {
+    scope as u32
+}
+
+/// The family of a scope.
+#[inline(always)]
+#[must_use]
+pub const fn family_of(scope: Scope) -> Family {
+    (scope >> 32) as Family
+}
+
+/// A block's key.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockKey {
     /// What the allocator returned.
     pub address: u64,
-    /// The process instance.
-    pub instance: u64,
+    /// The process instance and the family.
+    pub scope: Scope,
 }
 
 const _: () = assert!(size_of::<BlockKey>() == 16);
@@ -31,3 +55,15 @@ pub struct Block {
 
 const _: () = assert!(size_of::<Block>() == 24);
 pod!(Block);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scope_gives_back_instance_and_family() {
+        let both = scope(u32::MAX, 255);
+        assert_eq!((instance_of(both), family_of(both)), (u32::MAX, 255));
+        assert_eq!(scope(7, 0), 7);
+    }
+}

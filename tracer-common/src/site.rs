@@ -2,6 +2,7 @@
 
 use crate::{
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS},
+    ledger::Scope,
     pod,
 };
 
@@ -9,10 +10,10 @@ use crate::{
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SiteKey {
-    /// Hash of the stack's return addresses; 0 for the instance's overflow site.
+    /// Hash of the stack's return addresses; 0 for the site that takes blocks without one.
     pub stack_hash: u64,
-    /// The process instance.
-    pub instance: u64,
+    /// The process instance and the family.
+    pub scope: Scope,
 }
 
 const _: () = assert!(size_of::<SiteKey>() == 16);
@@ -46,6 +47,10 @@ pub struct Site {
     /// What of the stack is with the user side: [`FRAMES_SENT`], [`COPY_SENT`],
     /// [`DOUBTFUL_SENT`].
     pub stack_sent: u32,
+    /// What its blocks belong to, see [`crate::alloc_spec::Family`].
+    pub family: u32,
+    /// Makes what follows aligned.
+    pub padding: u32,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,
     /// Freed blocks by lifetime, see [`crate::histogram::lifetime_slot`].
@@ -55,7 +60,7 @@ pub struct Site {
 }
 
 const _: () = {
-    assert!(size_of::<Site>() == 56 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
+    assert!(size_of::<Site>() == 64 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
     assert!(size_of::<Site>().is_multiple_of(8));
 };
 pod!(Site);

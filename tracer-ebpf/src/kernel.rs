@@ -87,6 +87,31 @@ pub(crate) fn group_exits(task: u64) -> bool {
     flags.is_some_and(|flags| flags & SIGNAL_GROUP_EXIT != 0)
 }
 
+/// The return address that the kernel replaced by the trampoline's at this place of the current
+/// thread's stack.
+#[inline(always)]
+pub(crate) fn replaced_return_address(place: u64) -> Option<u64> {
+    /// Calls under way that are looked through.
+    const MAX_CALLS: u32 = 24;
+    let config = CONFIG.load();
+    if config.task_utask == 0 {
+        return None;
+    }
+    let utask: u64 = read_kernel(current_task() + u64::from(config.task_utask))?;
+    let mut call: u64 = read_kernel(utask + u64::from(config.utask_return_instances))?;
+    for _ in 0..MAX_CALLS {
+        if call == 0 {
+            return None;
+        }
+        let stack: u64 = read_kernel(call + u64::from(config.return_instance_stack))?;
+        if stack == place {
+            return read_kernel(call + u64::from(config.return_instance_address));
+        }
+        call = read_kernel(call + u64::from(config.return_instance_next))?;
+    }
+    None
+}
+
 /// Where the kernel mapped the return trampoline of the current process: what it puts in place of
 /// the return address of a return-probed call.
 #[inline(always)]

@@ -9,11 +9,12 @@ use aya_ebpf::{
     },
 };
 use tracer_common::{
+    alloc_spec::{Family, HEAP},
     config::SAMPLED_WEIGHT,
     event::{EventHeader, EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES, StackEvent},
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
     instance::Instance,
-    ledger::{Block, BlockKey},
+    ledger::{Block, BlockKey, Scope, family_of, instance_of, scope},
     missed::Missed,
     site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey},
 };
@@ -38,19 +39,11 @@ fn opaque(value: usize) -> usize {
     unsafe { (&raw const value).read_volatile() }
 }
 
-#[inline(always)]
-fn key(instance: u32, address: u64) -> BlockKey {
-    BlockKey {
-        address,
-        instance: u64::from(instance),
-    }
-}
-
 /// Takes a block out of the ledger, if it is there. The counters stay as they are: a failed
 /// `realloc` puts the block back.
 #[inline(always)]
-pub(crate) fn take(instance: u32, address: u64) -> Option<Block> {
-    let key = key(instance, address);
+pub(crate) fn take(scope: Scope, address: u64) -> Option<Block> {
+    let key = BlockKey { address, scope };
     // SAFETY: copied before the element can be reused; that it was this block is what the removal
     // says, as an address has one owner at a time.
     let block = unsafe { *LEDGER.get_ptr(key)? };
@@ -66,9 +59,9 @@ pub(crate) fn take(instance: u32, address: u64) -> Option<Block> {
 
 /// Puts a block back that [`take`] gave.
 #[inline(always)]
-pub(crate) fn put_back(instance: u32, address: u64, block: &Block) {
+pub(crate) fn put_back(scope: Scope, address: u64, block: &Block) {
     if LEDGER
-        .insert(key(instance, address), block, u64::from(BPF_NOEXIST))
+        .insert(BlockKey { address, scope }, block, u64::from(BPF_NOEXIST))
         .is_err()
     {
         missed::count(Missed::MapErrors);
@@ -150,14 +143,14 @@ unsafe fn births_of(state: &Instance, site: *mut Site, birth_ns: u64) -> Option<
 pub(crate) fn record(
     regs: *const pt_regs,
     state: &Instance,
-    instance: u32,
+    scope: Scope,
     address: u64,
     size_bytes: u64,
 ) {
     let Some(weight) = weight(state) else {
         return;
     };
-    let site_id = site_of(regs, state, instance);
+    let site_id = site_of(regs, state, scope);
     let Some(site) = SITES.get_ptr_mut(site_id) else {
         missed::count(Missed::MapErrors);
         return;
@@ -170,7 +163,7 @@ pub(crate) fn record(
         site: site_id,
         weight,
     };
-    let key = key(instance, address);
+    let key = BlockKey { address, scope };
     match LEDGER.insert(key, block, u64::from(BPF_NOEXIST)) {
         Ok(()) => {}
         Err(EEXIST) => replace(state, site, key, &block),
@@ -223,15 +216,16 @@ fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
 
 /// Id of the site that the thread is at.
 #[inline(always)]
-fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
+fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u32 {
     let Some(stack) = Stack::capture(regs, state) else {
         missed::count(Missed::ScratchBusy);
-        return state.overflow_site;
+        return overflow_site(state, scope);
     };
+    let instance = instance_of(scope);
     stack.report_unknown_code(state, instance);
     let key = SiteKey {
         stack_hash: stack.hash(),
-        instance: u64::from(instance),
+        scope,
     };
     let id = match SITE_IDS.get_ptr(key) {
         // SAFETY: a live map element that is never changed.
@@ -245,11 +239,28 @@ fn site_of(regs: *const pt_regs, state: &Instance, instance: u32) -> u32 {
         }
         None => {
             missed::count(Missed::SitesFull);
-            state.overflow_site
+            overflow_site(state, scope)
         }
     };
     stack.release();
     id
+}
+
+/// The site that takes blocks without a stack.
+#[inline(always)]
+fn overflow_site(state: &Instance, scope: Scope) -> u32 {
+    if family_of(scope) == HEAP {
+        return state.overflow_site;
+    }
+    let key = SiteKey {
+        stack_hash: 0,
+        scope,
+    };
+    match SITE_IDS.get_ptr(key) {
+        // SAFETY: a live map element that is never changed.
+        Some(id) => unsafe { *id },
+        None => state.overflow_site,
+    }
 }
 
 /// Sees to it that the user side has the stack of a site. If two processors send it, the user side
@@ -316,15 +327,23 @@ fn free_site(max_sites: u32) -> Option<u32> {
     FREE_SITES.pop().ok()?
 }
 
-/// Sets a site aside that takes the blocks of an instance whose stacks find no site.
+/// Sets a site aside that takes the blocks of an instance's family whose stacks find no site.
 #[inline(always)]
-pub(crate) fn overflow_site(instance: u32) -> Option<u32> {
+pub(crate) fn reserve_site(instance: u32, family: Family) -> Option<u32> {
     let id = free_site(CONFIG.load().max_sites)?;
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {
         (*site).instance = instance;
+        (*site).family = u32::from(family);
         (*site).stack_sent = FRAMES_SENT | COPY_SENT;
+    }
+    if family != HEAP {
+        let key = SiteKey {
+            stack_hash: 0,
+            scope: scope(instance, family),
+        };
+        SITE_IDS.insert(key, id, 0).ok()?;
     }
     Some(id)
 }
@@ -348,7 +367,8 @@ fn new_site(key: SiteKey, state: &Instance) -> Option<u32> {
     // SAFETY: nobody else has this id yet.
     unsafe {
         (*site).stack_hash = key.stack_hash;
-        (*site).instance = key.instance as u32;
+        (*site).instance = instance_of(key.scope);
+        (*site).family = u32::from(family_of(key.scope));
     }
     match SITE_IDS.insert(key, id, u64::from(BPF_NOEXIST)) {
         Ok(()) => Some(id),

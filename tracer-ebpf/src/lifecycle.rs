@@ -9,6 +9,7 @@ use aya_ebpf::{
     programs::{ProbeContext, RawTracePointContext},
 };
 use tracer_common::{
+    alloc_spec::{Family, HEAP},
     event::{EventHeader, EventKind, StartedEvent},
     instance::{ARMED, FOLLOWED, HELD, HELD_BY_LOADER, Instance, Membership},
     missed::Missed,
@@ -19,6 +20,7 @@ use crate::{
     kernel, ledger,
     maps::{CONFIG, EVENTS, FREE_INSTANCES, INSTANCES, PENDING, PROCESSES},
     missed,
+    pending::thread_key,
 };
 
 const CLONE_VM: u64 = 0x100;
@@ -83,11 +85,15 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         missed::count(Missed::InstancesFull);
         return None;
     };
-    let Some(overflow_site) = ledger::overflow_site(instance) else {
+    let Some(overflow_site) = ledger::reserve_site(instance, HEAP) else {
         let _ = FREE_INSTANCES.push(instance, 0);
         missed::count(Missed::InstancesFull);
         return None;
     };
+    for family in 1..=CONFIG.load().families {
+        // If there is none, what would go there goes to the heap's.
+        let _ = ledger::reserve_site(instance, family as Family);
+    }
     let state = INSTANCES.get_ptr_mut(instance)?;
     // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
     // side closes, after this process was told of.
@@ -164,10 +170,17 @@ fn start(tgid: u32) -> Option<()> {
     Some(())
 }
 
-/// The thread ends or its memory goes: a call it was in will not return.
+/// The thread ends or its memory goes: calls it was in will not return.
 #[inline(always)]
 fn drop_pending(pid_tgid: u64) {
-    let Some(pending) = PENDING.get_ptr_mut(pid_tgid) else {
+    for family in 0..=CONFIG.load().families {
+        drop_pending_of(thread_key(pid_tgid, family as Family));
+    }
+}
+
+#[inline(always)]
+fn drop_pending_of(thread_key: u64) {
+    let Some(pending) = PENDING.get_ptr_mut(thread_key) else {
         return;
     };
     // SAFETY: a live map element that only this thread uses.
@@ -175,10 +188,10 @@ fn drop_pending(pid_tgid: u64) {
     if pending.return_slot != 0 {
         missed::count(Missed::AbandonedCalls);
         if pending.old_taken != 0 {
-            ledger::put_back(pending.instance, pending.old_address, &pending.old);
+            ledger::put_back(pending.scope(), pending.old_address, &pending.old);
         }
     }
-    let _ = PENDING.remove(pid_tgid);
+    let _ = PENDING.remove(thread_key);
 }
 
 /// A new task: a thread, a child with memory of its own, or one that borrows its parent's.

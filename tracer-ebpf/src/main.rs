@@ -2,7 +2,7 @@
 //!
 //! One allocation, followed: [`probes`] reads the arguments (`alloc_enter`) and the result
 //! (`alloc_exit`) of an allocator call as its attach cookie says, [`pending`] carries what is
-//! known in between, [`stack`] finds out who called by the tables that [`unwind`] reads, [`ledger`]
+//! known in between, [`last_freed`] what frees inside frees are known by, [`stack`] finds out who called by the tables that [`unwind`] reads, [`ledger`]
 //! keeps the books. [`lifecycle`]
 //! opens and closes process instances, and [`missed`] counts what could not be seen.
 
@@ -20,6 +20,7 @@
 mod atomic;
 mod call;
 mod kernel;
+mod last_freed;
 mod ledger;
 mod lifecycle;
 mod maps;

@@ -17,7 +17,11 @@ use tracer_common::{
     unwind::{CHUNK_WORDS, Segment},
 };
 
-use crate::{pending::Pending, stack::Walk};
+use crate::{
+    last_freed::{self, LastFreed},
+    pending::Pending,
+    stack::Walk,
+};
 
 /// Constants of the session.
 #[unsafe(no_mangle)]
@@ -37,6 +41,12 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     copy_all_stacks: 0,
     max_sites_of_instance: 0,
     max_live_of_instance: 0,
+    families: 0,
+    task_utask: 0,
+    utask_return_instances: 0,
+    return_instance_stack: 0,
+    return_instance_address: 0,
+    return_instance_next: 0,
     padding: 0,
     starts: Starts {
         any: 0,
@@ -84,11 +94,15 @@ pub(crate) static SITE_COUNT: Array<u32> = Array::with_max_entries(1, BPF_F_MMAP
 #[map]
 pub(crate) static FREE_SITES: Queue<u32> = Queue::with_max_entries(1 << 14, 0);
 
-/// pid_tgid → the allocator call that the thread is in. An entry stays until the thread ends, so
-/// that the steady state needs look-ups only.
+/// Thread and family ([`crate::pending::thread_key`]) → the call that the thread is in. An entry stays
+/// until the thread ends, so that the steady state needs look-ups only.
 #[map]
 pub(crate) static PENDING: HashMap<u64, Pending> =
     HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// What threads freed last, see [`crate::last_freed`].
+#[map]
+pub(crate) static LAST_FREED: Array<LastFreed> = Array::with_max_entries(last_freed::SLOTS, 0);
 
 /// Unwind tables, see [`tracer_common::unwind`].
 #[map]

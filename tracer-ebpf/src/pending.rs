@@ -1,7 +1,12 @@
 //! The allocator call that a thread is in, from its entry to its return.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use tracer_common::{instance::Instance, ledger::Block, missed::Missed};
+use tracer_common::{
+    alloc_spec::{Cookie, Family},
+    instance::Instance,
+    ledger::{Block, Scope, scope},
+    missed::Missed,
+};
 
 use crate::{
     kernel,
@@ -35,6 +40,21 @@ pub(crate) struct Pending {
     pub(crate) padding: u32,
 }
 
+impl Pending {
+    /// Where the call's blocks are booked.
+    #[inline(always)]
+    pub(crate) fn scope(&self) -> Scope {
+        scope(self.instance, Cookie(self.cookie).family())
+    }
+}
+
+/// A thread's key in [`PENDING`] for the calls of a family: a call of one does not hide those of
+/// another. Process numbers have 22 bits at most, so that the upper ones are free.
+#[inline(always)]
+pub(crate) fn thread_key(pid_tgid: u64, family: Family) -> u64 {
+    pid_tgid | u64::from(family) << 56
+}
+
 /// A nested call lies at most this far below the call that it is nested in.
 ///
 /// A coroutine's stack cannot be told from the thread's by its address, and an abandoned call's
@@ -42,10 +62,10 @@ pub(crate) struct Pending {
 /// few kilobytes of stack; coroutine stacks are larger than this.
 pub(crate) const MAX_NESTING_BYTES: u64 = 32 << 10;
 
-/// The current thread's entry, made at its first call.
+/// The current thread's entry for a family, made at its first call.
 #[inline(always)]
-pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
-    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid) {
+pub(crate) fn of_thread(thread_key: u64) -> Option<*mut Pending> {
+    if let Some(pending) = PENDING.get_ptr_mut(thread_key) {
         return Some(pending);
     }
     let idle = Pending {
@@ -65,8 +85,8 @@ pub(crate) fn of_thread(pid_tgid: u64) -> Option<*mut Pending> {
         jumped: 0,
         padding: 0,
     };
-    let _ = PENDING.insert(pid_tgid, idle, u64::from(BPF_NOEXIST));
-    let pending = PENDING.get_ptr_mut(pid_tgid);
+    let _ = PENDING.insert(thread_key, idle, u64::from(BPF_NOEXIST));
+    let pending = PENDING.get_ptr_mut(thread_key);
     if pending.is_none() {
         missed::count(Missed::PendingFull);
     }
@@ -97,8 +117,9 @@ pub(crate) fn is_nested(pending: &Pending, stack_pointer: u64) -> bool {
     kernel::read_user::<u64>(pending.return_slot) == Some(trampoline)
 }
 
+/// What the kernel puts in place of return addresses in the process.
 #[inline(always)]
-fn trampoline_of(instance: *mut Instance) -> Option<u64> {
+pub(crate) fn trampoline_of(instance: *mut Instance) -> Option<u64> {
     // SAFETY: an element of a map array; the field is written with the same value by everyone.
     let known = unsafe { (*instance).trampoline };
     if known != 0 {

@@ -9,17 +9,18 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use tracer_common::{
-    alloc_spec::{Cookie, NO_REGISTER},
+    alloc_spec::{Cookie, Family, NO_REGISTER, ResultKind},
     instance::{ARMED, Instance},
+    ledger::scope,
     missed::Missed,
 };
 
 use crate::{
     atomic::add_u64,
-    kernel, ledger,
+    kernel, last_freed, ledger,
     maps::{CONFIG, INSTANCES, NO_PROGRAMS, PENDING, PROCESSES},
     missed,
-    pending::{self, Pending},
+    pending::{self, Pending, thread_key},
     registers::Registers,
 };
 
@@ -79,8 +80,10 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
+    let cookie = cookie(ctx.as_ptr());
+    let thread_key = thread_key(pid_tgid, cookie.family());
     // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending::of_thread(pid_tgid)? };
+    let pending = unsafe { &mut *pending::of_thread(thread_key)? };
     if pending.return_slot != 0 {
         if pending.instance == instance && pending::is_nested(pending, stack_pointer) {
             return None;
@@ -90,7 +93,6 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         abandon(pending);
     }
 
-    let cookie = cookie(ctx.as_ptr());
     let registers = Registers::of(regs);
     let size = registers.get(cookie.size());
     let size_bytes = if cookie.count() == NO_REGISTER {
@@ -106,7 +108,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     pending.old_taken = 0;
     // The address may be handed out again the moment that the allocator has it.
     if pending.old_address != 0
-        && let Some(block) = ledger::take(instance, pending.old_address)
+        && let Some(block) = ledger::take(pending.scope(), pending.old_address)
     {
         pending.old = block;
         pending.old_taken = 1;
@@ -141,7 +143,7 @@ fn product(a: u64, b: u64) -> u64 {
 #[inline(always)]
 fn abandon(pending: &mut Pending) {
     if pending.old_taken != 0 {
-        ledger::put_back(pending.instance, pending.old_address, &pending.old);
+        ledger::put_back(pending.scope(), pending.old_address, &pending.old);
     }
     pending.return_slot = 0;
 }
@@ -156,8 +158,8 @@ pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn exit(ctx: &RetProbeContext) -> Option<()> {
-    let pid_tgid = pid_tgid();
-    let pending = PENDING.get_ptr_mut(pid_tgid)?;
+    let thread_key = thread_key(pid_tgid(), cookie(ctx.as_ptr()).family());
+    let pending = PENDING.get_ptr_mut(thread_key)?;
     // SAFETY: a live map element that only this thread uses.
     let pending = unsafe { &mut *pending };
     if pending.return_slot == 0 {
@@ -192,26 +194,17 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
     pending.return_slot = 0;
     // SAFETY: a live map element.
     let state = unsafe { &*state };
+    let scope = pending.scope();
+    // A call that was nested in it may return in its place, so not this probe's own.
     let cookie = Cookie(pending.cookie);
-    let address = if !cookie.returns_through_out_pointer() {
-        result
-    } else if result as u32 == 0 {
-        match kernel::read_user::<u64>(pending.out_pointer) {
-            Some(address) => address,
-            None => {
-                missed::count(Missed::UnreadableResult);
-                0
-            }
-        }
-    } else {
-        0
-    };
+    let is_sized = cookie.size() != NO_REGISTER;
+    let address = block(cookie, pending, result);
 
     let old_address = pending.old_address;
-    if address == 0 && (old_address == 0 || pending.size_bytes != 0) {
+    if address == 0 && (old_address == 0 || pending.size_bytes != 0 || !is_sized) {
         // Failed: what was given up is still the caller's.
         if pending.old_taken != 0 {
-            ledger::put_back(instance, old_address, &pending.old);
+            ledger::put_back(scope, old_address, &pending.old);
         }
         return None;
     }
@@ -220,14 +213,48 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
     } else if old_address != 0 {
         untracked_free(state);
     }
-    let config = CONFIG.load();
-    if address != 0
-        && pending.size_bytes >= config.min_size_bytes
-        && pending.size_bytes <= config.max_size_bytes
-    {
-        ledger::record(regs, state, instance, address, pending.size_bytes);
+    if address == 0 {
+        return None;
     }
+    let config = CONFIG.load();
+    if is_sized
+        && (pending.size_bytes < config.min_size_bytes
+            || pending.size_bytes > config.max_size_bytes)
+    {
+        // Its free is one of a block that is not in the books.
+        last_freed::remember(thread_key, 0);
+        return None;
+    }
+    ledger::record(regs, state, scope, address, pending.size_bytes);
     Some(())
+}
+
+/// The block that a call gave that returned `result`; 0 if it failed.
+#[inline(always)]
+fn block(cookie: Cookie, pending: &Pending, result: u64) -> u64 {
+    if cookie.returns(ResultKind::Pointer) {
+        return result;
+    }
+    if cookie.returns(ResultKind::Resized) {
+        return if result >= pending.size_bytes {
+            pending.old_address
+        } else {
+            0
+        };
+    }
+    if !cookie.succeeded(result) {
+        return 0;
+    }
+    if cookie.returns(ResultKind::Argument) {
+        return pending.out_pointer;
+    }
+    match kernel::read_user::<u64>(pending.out_pointer) {
+        Some(address) => address,
+        None => {
+            missed::count(Missed::UnreadableResult);
+            0
+        }
+    }
 }
 
 /// Entry of a function that frees, at its probe point.
@@ -242,17 +269,21 @@ pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
 fn free(ctx: &ProbeContext) -> Option<()> {
     let pid_tgid = pid_tgid();
     let (instance, state) = armed_instance(pid_tgid)?;
-    let address = Registers::of(ctx.regs).get(cookie(ctx.as_ptr()).pointer());
+    let cookie = cookie(ctx.as_ptr());
+    let address = Registers::of(ctx.regs).get(cookie.pointer());
     if address == 0 {
         return None;
     }
+    let scope = scope(instance, cookie.family());
+    let thread_key = thread_key(pid_tgid, cookie.family());
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    if let Some(block) = ledger::take(instance, address) {
+    if let Some(block) = ledger::take(scope, address) {
+        last_freed::remember(thread_key, address);
         ledger::count_free(state, &block);
         return Some(());
     }
-    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid) {
+    if let Some(pending) = PENDING.get_ptr_mut(thread_key) {
         // SAFETY: a live map element that only this thread uses, and the program's own context.
         let (pending, stack_pointer) = unsafe { (&mut *pending, (*ctx.regs).rsp) };
         if pending.return_slot != 0 {
@@ -264,13 +295,17 @@ fn free(ctx: &ProbeContext) -> Option<()> {
             // An abandoned `realloc` may have taken this very block.
             missed::count(Missed::AbandonedCalls);
             abandon(pending);
-            if let Some(block) = ledger::take(instance, address) {
+            if let Some(block) = ledger::take(scope, address) {
+                last_freed::remember(thread_key, address);
                 ledger::count_free(state, &block);
                 return Some(());
             }
         }
     }
-    untracked_free(state);
+    if !last_freed::is(thread_key, address) {
+        last_freed::remember(thread_key, address);
+        untracked_free(state);
+    }
     Some(())
 }
 
@@ -278,10 +313,13 @@ fn free(ctx: &ProbeContext) -> Option<()> {
 /// `setcontext`.
 #[uprobe]
 pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
-    if let Some(pending) = PENDING.get_ptr_mut(pid_tgid()) {
-        // SAFETY: a live map element that only this thread uses. Without a pending call the mark
-        // has no meaning.
-        unsafe { (*pending).jumped = 1 };
+    let pid_tgid = pid_tgid();
+    for family in 0..=CONFIG.load().families {
+        if let Some(pending) = PENDING.get_ptr_mut(thread_key(pid_tgid, family as Family)) {
+            // SAFETY: a live map element that only this thread uses. Without a pending call the mark
+            // has no meaning.
+            unsafe { (*pending).jumped = 1 };
+        }
     }
     0
 }

@@ -23,6 +23,7 @@ use crate::{
     call::{self, Called},
     kernel,
     maps::{CONFIG, COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
+    pending,
     unwind::{Code, SegmentList},
 };
 
@@ -66,6 +67,11 @@ impl Stack {
             walk.window_bytes = 0;
             walk.unknown_code = 0;
             walk.is_passing = 0;
+            walk.trampoline = if CONFIG.load().families == 0 {
+                0
+            } else {
+                pending::trampoline_of((&raw const *state).cast_mut()).unwrap_or(0)
+            };
             walk.code.forget();
             walk.segments = SegmentList {
                 first: segments as u32,
@@ -279,6 +285,9 @@ pub(crate) struct Walk {
     unknown_code: u64,
     /// Not 0 once the walk came through code that may be unloaded.
     is_passing: u64,
+    /// What the kernel puts in place of the return addresses of calls that are counted; 0 where these
+    /// have no others inside that are recorded.
+    trampoline: u64,
     segments: SegmentList,
     /// The code looked at last.
     code: Code,
@@ -367,7 +376,7 @@ impl Scratch {
         if is_saved {
             self.walk.frame_pointer = self.read(cfa.wrapping_add(saved_at))?;
         }
-        let address = self.read(cfa.wrapping_sub(8))?;
+        let address = self.read_return_address(cfa.wrapping_sub(8))?;
         if address == 0 {
             return Err(StackEnd::Root);
         }
@@ -387,8 +396,10 @@ impl Scratch {
         {
             return Err(StackEnd::NoTable);
         }
-        let (Ok(callers), Ok(address)) = (self.read(frame_pointer), self.read(frame_pointer + 8))
-        else {
+        let (Ok(callers), Ok(address)) = (
+            self.read(frame_pointer),
+            self.read_return_address(frame_pointer + 8),
+        ) else {
             return Err(StackEnd::NoTable);
         };
         if !self.may_be_called_from(address) {
@@ -445,6 +456,17 @@ impl Scratch {
         let interrupted = self.read(frame.wrapping_add(INSTRUCTION_POINTER))?;
         self.walk.address = interrupted.wrapping_add(1);
         Ok(())
+    }
+
+    /// Reads a return address; one that the kernel has replaced as it was.
+    #[inline(always)]
+    fn read_return_address(&mut self, place: u64) -> Result<u64, StackEnd> {
+        let address = self.read(place)?;
+        // The allocators' calls inside each other are not recorded, so without others none is met.
+        if CONFIG.load().families == 0 || address != self.walk.trampoline {
+            return Ok(address);
+        }
+        Ok(kernel::replaced_return_address(place).unwrap_or(address))
     }
 
     /// Reads a word of the stack through the window.

@@ -5,9 +5,15 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use tracer_common::event::MAX_FRAMES;
 
-use crate::bpf::links::Measure;
-
-use crate::symbolize;
+use crate::{
+    bpf::links::Measure,
+    definitions::{
+        Definitions,
+        presets::Preset,
+        syntax::{self, Parsed, Role},
+    },
+    symbolize,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -160,6 +166,19 @@ pub struct TraceOptions {
     /// Also probe functions named PREFIXmalloc, PREFIXfree and so on (`je_`)
     #[arg(short = 'S', long, value_name = "PREFIX")]
     pub symbol_prefix: Option<String>,
+    /// Functions that the user names
+    #[command(flatten)]
+    pub pairs: Pairs,
+    /// Read definitions from FILE: one a line, `alloc DEF` or `free DEF`, after a line [FAMILY] (may be
+    /// repeated)
+    #[arg(long, value_name = "FILE")]
+    pub definitions: Vec<PathBuf>,
+    /// Count what a library gives and takes back too (may be repeated)
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub preset: Vec<Preset>,
+    /// Do not probe the allocators: only what --alloc-fn, --free-fn, --definitions and --preset name
+    #[arg(long)]
+    pub no_heap: bool,
     /// Live blocks that the ledger has room for (about 104 bytes of kernel memory each)
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_LIVE,
           value_parser = clap::value_parser!(u32).range(16..=1 << 28))]
@@ -212,6 +231,10 @@ impl Default for TraceOptions {
             max_size: u64::MAX,
             object: None,
             symbol_prefix: None,
+            pairs: Pairs::default(),
+            definitions: Vec::new(),
+            preset: Vec::new(),
+            no_heap: false,
             max_live: DEFAULT_MAX_LIVE,
             max_sites: DEFAULT_MAX_SITES,
             max_live_per_process: None,
@@ -225,6 +248,102 @@ impl Default for TraceOptions {
             cache_dir: PathBuf::from(DEFAULT_CACHE_DIR),
             check_stacks: false,
         }
+    }
+}
+
+impl TraceOptions {
+    /// Every function that the user named.
+    pub fn all_definitions(&self) -> anyhow::Result<Definitions> {
+        let all = Definitions::collect(&self.pairs.given, &self.definitions, &self.preset)?;
+        anyhow::ensure!(
+            !self.no_heap || !all.is_empty(),
+            "with --no-heap there is nothing to probe: define something (--alloc-fn, --preset)"
+        );
+        Ok(all)
+    }
+}
+
+/// Definitions of functions, in the order in which they were given: it says which belong together.
+#[derive(Clone, Debug, Default)]
+pub struct Pairs {
+    /// What each is said to do.
+    pub given: Vec<(Role, Parsed)>,
+}
+
+const ALLOC_FN: &str = "alloc-fn";
+const FREE_FN: &str = "free-fn";
+
+const ALLOC_FN_HELP: &str = "\
+Count what FUNCTION gives, until a --free-fn takes it back (may be repeated)
+
+DEF is [LIBRARY:]FUNCTION[(PARAMETER, …)][->ret|->argN]; arguments are numbered from arg0 to arg5.
+
+  pool_get(size=arg1)->ret        returns the block, null if it failed; arg1 is the size
+  lib.so:fopen()->ret             a function of that library only; no size: handles are counted
+  prepare()->arg3                 the block is behind a pointer, if 0 was returned (also out=arg3)
+  init(key=arg0)                  the block is the argument itself, if 0 was returned
+  grow(old=arg0, count=arg1, size=arg2)   gives the old block back; sizes are multiplied
+  ok=nonzero|nonnegative|any      with out= or key=: succeeded if it returned that, instead of 0
+  family=NAME                     what it belongs to; else each --alloc-fn after a --free-fn begins
+                                  a family, called after its first function";
+
+const FREE_FN_HELP: &str = "\
+Count what FUNCTION takes back (may be repeated)
+
+DEF is [LIBRARY:]FUNCTION[(argN)], with family=NAME as for --alloc-fn; arg0 if nothing is said.";
+
+impl Pairs {
+    fn augment(command: clap::Command) -> clap::Command {
+        let argument = |name: &'static str, help: &'static str, role| {
+            let parse = move |text: &str| syntax::parse(role, text);
+            clap::Arg::new(name)
+                .long(name)
+                .value_name("DEF")
+                .help(help.lines().next().unwrap_or_default())
+                .long_help(help)
+                .action(clap::ArgAction::Append)
+                .value_parser(parse)
+        };
+        command
+            .arg(argument(ALLOC_FN, ALLOC_FN_HELP, Role::Alloc))
+            .arg(argument(FREE_FN, FREE_FN_HELP, Role::Free))
+    }
+}
+
+impl ClapArgs for Pairs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        Self::augment(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment(command)
+    }
+}
+
+impl clap::FromArgMatches for Pairs {
+    fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
+        let mut given = Vec::new();
+        for (name, role) in [(ALLOC_FN, Role::Alloc), (FREE_FN, Role::Free)] {
+            let indices = matches.indices_of(name).into_iter().flatten();
+            let values = matches.get_many::<Parsed>(name).into_iter().flatten();
+            given.extend(
+                indices
+                    .zip(values)
+                    .map(|(index, parsed)| (index, role, parsed.clone())),
+            );
+        }
+        given.sort_by_key(|(index, _, _)| *index);
+        Ok(Self {
+            given: given
+                .into_iter()
+                .map(|(_, role, parsed)| (role, parsed))
+                .collect(),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &clap::ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
     }
 }
 
@@ -387,6 +506,40 @@ mod tests {
             panic!("not attach")
         };
         assert_eq!(attach.all_targets(), ["7", "8"]);
+    }
+
+    #[test]
+    fn definitions_keep_the_order_in_which_they_were_given() {
+        let args = Args::try_parse_from([
+            "unfreed",
+            "attach",
+            "1",
+            "--free-fn",
+            "b",
+            "--alloc-fn",
+            "a",
+            "--free-fn=c",
+            "--preset",
+            "zlib",
+        ])
+        .unwrap();
+        let Command::Attach(attach) = args.command else {
+            panic!("not attach")
+        };
+        let names: Vec<_> = attach
+            .trace
+            .pairs
+            .given
+            .iter()
+            .map(|(role, parsed)| (*role, parsed.function.as_str()))
+            .collect();
+        assert_eq!(
+            names,
+            [(Role::Free, "b"), (Role::Alloc, "a"), (Role::Free, "c")]
+        );
+        assert_eq!(attach.trace.preset, [Preset::Zlib]);
+        let error = Args::try_parse_from(["unfreed", "attach", "1", "--alloc-fn", "a(x)"]);
+        assert!(error.unwrap_err().to_string().contains("at character 3"));
     }
 
     #[test]

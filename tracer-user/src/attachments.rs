@@ -24,7 +24,7 @@ use crate::{
     },
     discover::{
         allocators::Call,
-        module::{FileId, Module},
+        module::{FileId, Function},
     },
     files::{KnownFile, Segment},
 };
@@ -42,7 +42,6 @@ pub struct Attachments {
     /// Files whose are.
     shared: HashSet<FileId>,
     standing: HashMap<FileId, Standing>,
-    measure: Option<Measure>,
 }
 
 #[derive(Debug)]
@@ -54,10 +53,9 @@ struct Standing {
 impl Attachments {
     /// None stands yet. With `shares_all`, every file's probes will be for all processes.
     #[must_use]
-    pub fn new(shares_all: bool, measure: Option<Measure>) -> Self {
+    pub fn new(shares_all: bool) -> Self {
         Self {
             shares_all,
-            measure,
             shared: HashSet::new(),
             standing: HashMap::new(),
         }
@@ -80,18 +78,18 @@ impl Attachments {
         self.shares_all || self.shared.contains(&file)
     }
 
-    /// Sees to it that a process that has a module mapped hits its probes. Gives those that are for this
-    /// process alone.
+    /// Sees to it that a process that has a module mapped hits the probes of functions of it. Gives those
+    /// that are for this process alone.
     pub fn probe(
         &mut self,
         tracer: &mut Tracer,
         pid: u32,
         segment: &Segment,
-        module: &Module,
+        functions: &[&Function],
+        measure: Option<Measure>,
     ) -> anyhow::Result<Vec<Link>> {
         let points = |wanted: fn(Call) -> bool| -> Vec<Point> {
-            module
-                .functions
+            functions
                 .iter()
                 .filter(|function| wanted(function.call))
                 .map(|function| Point {
@@ -104,20 +102,16 @@ impl Attachments {
         // seen, as the process may be running and recorded for its other allocators.
         let mut allocating = points(|call| call.returns() && call.gives_up_a_block());
         allocating.extend(points(|call| call.returns() && !call.gives_up_a_block()));
-        let mut programs = vec![
-            (
-                ProbeProgram::FreeEnter,
-                points(|call| matches!(call, Call::Free { .. })),
-            ),
+        let programs = [
             (ProbeProgram::JumpEnter, points(|call| call == Call::Jump)),
+            (ProbeProgram::FreeEnter, points(Call::frees)),
             (ProbeProgram::AllocExit, allocating.clone()),
             (ProbeProgram::AllocEnter, allocating),
-        ];
-        for (program, _) in &mut programs {
-            *program = self
-                .measure
-                .map_or(*program, |measure| program.measuring(measure));
-        }
+        ]
+        .map(|(program, points)| {
+            let program = measure.map_or(program, |measure| program.measuring(measure));
+            (program, points)
+        });
         self.attach(tracer, pid, segment, &programs)
     }
 

@@ -1,7 +1,7 @@
 //! The loader of unfreed: finds the allocators of a process, probes them, keeps the model of what
 //! is allocated and not freed, and reports it.
 //!
-//! The way of a session: [`discover`] finds processes, their files and the allocators in them,
+//! The way of a session: [`definitions`] are what the user asks for, [`discover`] finds processes, their files and the allocators in them,
 //! [`probe_point`] decides where probes stand, [`target`] attaches them through [`bpf`],
 //! [`session`] drains what the kernel side says, [`symbolize`] gives names to it, and [`report`]
 //! writes it down. [`commands`] are the verbs, [`args`] their command line.
@@ -12,6 +12,7 @@ pub mod bpf;
 pub mod calibrate;
 pub mod cgroup;
 pub mod commands;
+pub mod definitions;
 pub mod diagnostics;
 pub mod discover;
 pub mod files;

@@ -1,13 +1,22 @@
 //! From counters and stacks to a process's part of the report. Pure: no kernel, no clock.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
 
 use sha2::{Digest as _, Sha256};
-use tracer_common::{instance::Instance, ledger::Block, site::Site};
+use tracer_common::{
+    alloc_spec::{Family, HEAP},
+    instance::Instance,
+    ledger::Block,
+    site::Site,
+};
 
 use crate::{
+    definitions::Definitions,
     files::Location,
-    report::{Exit, ProcessReport, SiteReport, Totals},
+    report::{Exit, FamilyReport, ProcessReport, SiteReport, Totals},
     stacks::{Stack, StackQuality},
     symbolize::Names,
     target::{End, Target},
@@ -50,6 +59,8 @@ pub struct Figures<'a> {
     pub now_ns: u64,
     /// Whether sites count only blocks that are old enough.
     pub older: bool,
+    /// What the user named, for the names of families.
+    pub definitions: &'a Definitions,
     /// Whether calls of children that borrow the memory are seen.
     pub sees_vfork: bool,
 }
@@ -61,6 +72,18 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         peak_live_bytes: target.peak_live_bytes,
         ..Totals::default()
     };
+    let mut families: BTreeMap<Family, FamilyReport> = figures
+        .definitions
+        .families()
+        .map(|(number, family)| {
+            let report = FamilyReport {
+                name: family.name.clone(),
+                has_sizes: family.has_sizes,
+                totals: Totals::default(),
+            };
+            (number, report)
+        })
+        .collect();
     let stacks_of_sites = figures
         .sites
         .iter()
@@ -71,6 +94,11 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
     let mut stacks = StackQuality::default();
     for (id, site) in figures.sites {
         stacks.add(figures.stacks.get(id), site.allocs);
+        let family = Family::try_from(site.family).unwrap_or(HEAP);
+        let totals = match families.get_mut(&family) {
+            Some(family) => &mut family.totals,
+            None => &mut totals,
+        };
         totals.allocs += site.allocs;
         totals.frees += site.frees;
         totals.alloc_bytes += site.alloc_bytes;
@@ -83,9 +111,15 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
             }
         }
     }
-    totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
-    totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
-    totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
+    for totals in families
+        .values_mut()
+        .map(|family| &mut family.totals)
+        .chain([&mut totals])
+    {
+        totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
+        totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
+        totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
+    }
     let mut sites: Vec<_> = sites.into_values().collect();
     SiteReport::sort(&mut sites);
     let traced_ns = match figures.state.armed_at_ns {
@@ -118,6 +152,7 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
         main_thread_exited: target.main_thread_exited && target.end != Some(End::Replaced),
         sampled_out: figures.state.sampled_out,
         totals,
+        families: families.into_values().collect(),
         stacks,
         sites,
     }
@@ -142,8 +177,13 @@ fn site_report(
             site.alloc_bytes.saturating_sub(site.freed_bytes),
         )
     };
+    let family = Family::try_from(site.family)
+        .ok()
+        .and_then(|family| figures.definitions.family(family))
+        .map(|family| family.name.clone());
     SiteReport {
-        id: stable_id(locations),
+        id: stable_id(locations, family.as_deref()),
+        family,
         allocs: site.allocs,
         frees: site.frees,
         alloc_bytes: site.alloc_bytes,
@@ -160,9 +200,14 @@ fn site_report(
     }
 }
 
-/// An id that depends on the binaries and the places in them only, not on where they were mapped.
-fn stable_id(locations: &[Location]) -> String {
+/// An id that depends on the binaries and the places in them only, not on where they were mapped; and
+/// on what is counted, where that is not the heap.
+fn stable_id(locations: &[Location], family: Option<&str>) -> String {
     let mut hash = Sha256::new();
+    if let Some(family) = family {
+        hash.update(family.as_bytes());
+        hash.update([0]);
+    }
     for location in locations {
         match location {
             Location::File(file, offset) => {

@@ -2,20 +2,28 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use anyhow::bail;
-use tracer_common::{instance::Instance, site::Site, unwind};
+use tracer_common::{alloc_spec::HEAP, instance::Instance, site::Site, unwind};
 
 use crate::{
     attachments::Attachments,
     bpf::{
-        links::Link,
+        links::{Link, Measure},
         tracer::{Tracer, monotonic_ns},
     },
-    discover::{module::FileId, process::Process},
+    definitions::{
+        Definition, Definitions, Source,
+        missing::{self, Candidate},
+    },
+    discover::{
+        allocators::Call,
+        module::{FileId, Function, Module},
+        process::Process,
+    },
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
     report::Exit,
@@ -95,7 +103,55 @@ pub struct Target {
     next_look: Instant,
     wait_for_look: Duration,
     probed: HashSet<FileId>,
+    /// Version of `space` that was probed last.
+    looked_at: Option<u64>,
     probes: usize,
+    /// Definitions of which a function is probed, by their index.
+    matched: HashSet<usize>,
+    /// Whether a function with the user's prefix is probed.
+    has_prefixed: bool,
+}
+
+/// What is probed.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Allocators in files of this name only.
+    pub only: Option<PathBuf>,
+    /// No allocators, only what the user named.
+    pub no_heap: bool,
+    /// Even where it is dangerous.
+    pub force: bool,
+    /// By programs that only measure.
+    pub measure: Option<Measure>,
+}
+
+impl Wanted {
+    /// The functions of a file to be probed.
+    fn functions<'a>(
+        &self,
+        path: &Path,
+        module: &'a Module,
+        definitions: &Definitions,
+    ) -> Vec<&'a Function> {
+        let has_heap = !self.no_heap && self.only.as_ref().is_none_or(|only| is_named(path, only));
+        let is_wanted = |function: &&Function| match function.definitions.as_slice() {
+            [] => has_heap && function.family == HEAP,
+            indexes => indexes
+                .iter()
+                .any(|index| definitions.functions()[*index].is_in(path)),
+        };
+        let is_jump = |function: &&Function| function.call == Call::Jump;
+        let mut functions: Vec<_> = module
+            .functions
+            .iter()
+            .filter(|function| !is_jump(function) && is_wanted(function))
+            .collect();
+        // Calls of what the user named can be abandoned by functions of any file.
+        if !functions.is_empty() || !definitions.is_empty() {
+            functions.extend(module.functions.iter().filter(is_jump));
+        }
+        functions
+    }
 }
 
 impl Target {
@@ -128,7 +184,10 @@ impl Target {
             next_look: Instant::now(),
             wait_for_look: LEAST_WAIT,
             probed: HashSet::new(),
+            looked_at: None,
             probes: 0,
+            matched: HashSet::new(),
+            has_prefixed: false,
         }
     }
 
@@ -143,6 +202,10 @@ impl Target {
         }
         child.probed.clone_from(&parent.probed);
         child.probes = parent.probes;
+        child.had_own_probes = parent.had_own_probes;
+        child.matched.clone_from(&parent.matched);
+        child.has_prefixed = parent.has_prefixed;
+        child.looked_at = parent.looked_at;
         child.from_start = true;
         child
     }
@@ -237,14 +300,15 @@ impl Target {
         self.unwinder = None;
     }
 
-    /// Probes every allocator that is mapped and not yet probed; with `only`, just those in files
-    /// of that name. Gives how many functions are probed in all.
+    /// Probes every function that is wanted, mapped and not yet probed. Gives how many are probed in
+    /// all.
     pub fn probe_allocators(
         &mut self,
         tracer: &mut Tracer,
         files: &mut Files,
         attachments: &mut Attachments,
-        only: Option<&PathBuf>,
+        wanted: &Wanted,
+        definitions: &Definitions,
     ) -> anyhow::Result<usize> {
         loop {
             let probed = self.probed.len();
@@ -252,12 +316,13 @@ impl Target {
             self.space.refresh(self.process.pid, files)?;
             self.is_unpublished = true;
             self.code_changes = changes;
+            // Even if it fails: what failed is not tried again before something else is mapped.
+            self.looked_at = Some(self.space.version());
             for segment in self.space.segments().to_vec() {
                 if let Some(file) = &segment.file
                     && segment.is_mapped
-                    && only.is_none_or(|only| is_named(&file.path, only))
                 {
-                    self.probe(tracer, attachments, &segment, file)?;
+                    self.probe(tracer, attachments, &segment, file, wanted, definitions)?;
                 }
             }
             // What was mapped while these were attached is found the next time round.
@@ -273,24 +338,163 @@ impl Target {
         attachments: &mut Attachments,
         segment: &Segment,
         file: &KnownFile,
+        wanted: &Wanted,
+        definitions: &Definitions,
     ) -> anyhow::Result<()> {
         let (Ok(module), Some(part)) = (&file.module, segment.mapping.file()) else {
             return Ok(());
         };
-        if !module.has_allocator() || !self.probed.insert(part.file) {
+        if self.probed.contains(&part.file) {
             return Ok(());
         }
+        let functions = wanted.functions(&file.path, module, definitions);
+        if functions.is_empty() {
+            return Ok(());
+        }
+        if !wanted.force
+            && let Some((function, danger)) = functions
+                .iter()
+                .find_map(|function| Some((function, function.danger?)))
+        {
+            bail!(
+                "{} of {} is not probed: {danger}; --force overrides",
+                function.names.join(", "),
+                file.path.display()
+            );
+        }
+        self.probed.insert(part.file);
         let pid = self.process.pid;
-        let links = attachments.probe(tracer, pid, segment, module)?;
+        let links = attachments.probe(tracer, pid, segment, &functions, wanted.measure)?;
         self.had_own_probes |= !links.is_empty();
         self.links.extend(links);
-        self.probes += module.allocator_functions();
+        let probes = functions
+            .iter()
+            .filter(|function| function.call != Call::Jump)
+            .count();
+        self.probes += probes;
+        self.has_prefixed |= module.has_prefixed;
+        for index in functions.iter().flat_map(|function| &function.definitions) {
+            if definitions.functions()[*index].is_in(&file.path) {
+                self.matched.insert(*index);
+            }
+        }
+        for function in functions.iter().filter(|function| function.throws) {
+            log::info!(
+                "PID {pid}: {} has a return probe: an exception thrown by it ends the process",
+                function.names.join(", ")
+            );
+        }
         log::info!(
-            "PID {pid}: probing {} functions of {}",
-            module.allocator_functions(),
+            "PID {pid}: probing {probes} functions of {}",
             file.path.display()
         );
         Ok(())
+    }
+
+    /// Whether files are mapped whose functions were not looked at.
+    #[must_use]
+    pub fn has_new_code(&self) -> bool {
+        // Who was never probed is not to be yet.
+        let (Some(looked_at), None) = (self.looked_at, self.end) else {
+            return false;
+        };
+        looked_at != self.space.version()
+            && self.space.segments().iter().any(|segment| {
+                let module = segment.file.as_ref().map(|file| &file.module);
+                let file = segment.mapping.file().map(|part| part.file);
+                segment.is_mapped
+                    && module.is_some_and(|module| {
+                        module
+                            .as_ref()
+                            .is_ok_and(|module| !module.functions.is_empty())
+                    })
+                    && file.is_some_and(|file| !self.probed.contains(&file))
+            })
+    }
+
+    /// Whether a definition has no function yet that would have to have one.
+    #[must_use]
+    pub fn lacks(&self, definitions: &Definitions) -> bool {
+        !self.lacking(definitions).is_empty()
+    }
+
+    /// Definitions that have no function, though they or their family or preset should have one.
+    fn lacking<'a>(&self, definitions: &'a Definitions) -> Vec<&'a Definition> {
+        let functions = definitions.functions();
+        let has_one = |like: &dyn Fn(&Definition) -> bool| {
+            self.matched.iter().any(|index| like(&functions[*index]))
+        };
+        let mut lacking: Vec<&Definition> = Vec::new();
+        for (index, definition) in functions.iter().enumerate() {
+            let (is_there, others): (bool, &dyn Fn(&Definition) -> bool) = match &definition.source
+            {
+                Source::CommandLine => (self.matched.contains(&index), &|_| false),
+                // One that gives and one that takes back.
+                Source::File(_) => {
+                    let alike = |other: &Definition| {
+                        other.family == definition.family
+                            && other.call.frees() == definition.call.frees()
+                    };
+                    (has_one(&alike), &move |other| {
+                        other.family == definition.family
+                            && other.call.frees() == definition.call.frees()
+                    })
+                }
+                Source::Preset(_) => {
+                    let alike = |other: &Definition| other.source == definition.source;
+                    (has_one(&alike), &move |other| {
+                        other.source == definition.source
+                    })
+                }
+            };
+            if !is_there && !lacking.iter().any(|known| others(known)) {
+                lacking.push(definition);
+            }
+        }
+        lacking
+    }
+
+    /// Says of what the user asked for what the process does not have, one line each.
+    #[must_use]
+    pub fn shortcomings(&self, definitions: &Definitions, prefix: Option<&str>) -> Vec<String> {
+        let readable: Vec<_> = self
+            .space
+            .segments()
+            .iter()
+            .filter_map(|segment| {
+                let file = segment.file.as_ref().filter(|file| file.is_elf)?;
+                Some((&file.path, file.readable_path()?))
+            })
+            .collect();
+        let mut mapped: Vec<Candidate<'_>> = readable
+            .iter()
+            .map(|(path, readable)| Candidate { path, readable })
+            .collect();
+        mapped.dedup_by_key(|candidate| candidate.path);
+        let pid = self.process.pid;
+        let mut all: Vec<String> = self
+            .lacking(definitions)
+            .into_iter()
+            .map(|definition| match &definition.source {
+                Source::Preset(preset) => format!(
+                    "PID {pid} has none of the functions of the preset {}",
+                    preset.name()
+                ),
+                _ => format!(
+                    "PID {pid} has no function for {:?}: {}",
+                    definition.text,
+                    missing::explain(definition, &mapped)
+                ),
+            })
+            .collect();
+        if let Some(prefix) = prefix
+            && !self.has_prefixed
+        {
+            all.push(format!(
+                "PID {pid} has no function named {prefix}malloc, {prefix}free or the like (-S {prefix})"
+            ));
+        }
+        all
     }
 
     /// Notes that the instance has ended, just now.

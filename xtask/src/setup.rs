@@ -25,7 +25,7 @@ const BPF_PACKAGES: [Package; 6] = [
 ];
 
 /// What the integration tests run, trace or compile fixtures with.
-const TEST_PACKAGES: [Package; 22] = [
+const TEST_PACKAGES: [Package; 26] = [
     Package::new("gcc", "fixtures in C"),
     Package::new("g++", "fixtures in C++"),
     Package::new("libc6-dev", "headers of the fixtures"),
@@ -37,6 +37,13 @@ const TEST_PACKAGES: [Package; 22] = [
         "libgoogle-perftools4",
         "tcmalloc, another allocator, preloaded",
     ),
+    Package::new(
+        "libgoogle-perftools-dev",
+        "tcmalloc, another allocator, linked",
+    ),
+    Package::new("libsqlite3-dev", "a library whose handles are counted"),
+    Package::new("libssl-dev", "another"),
+    Package::new("zlib1g-dev", "another"),
     Package::new(
         "xz-utils",
         "a deterministic command, also counted by valgrind",

@@ -29,6 +29,20 @@ pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
     config.task_mm = offset(&btf, "task_struct", &["mm"])?;
     config.mm_xol_area = offset(&btf, "mm_struct", &["uprobes_state", "xol_area"])?;
     config.xol_area_vaddr = offset(&btf, "xol_area", &["vaddr"])?;
+    // Only stacks through calls of functions that the user named need them.
+    if let Err(error) = return_addresses(&btf, config) {
+        config.task_utask = 0;
+        log::info!("{error:#}: stacks inside calls that are counted themselves end there");
+    }
+    Ok(())
+}
+
+fn return_addresses(btf: &Btf, config: &mut Config) -> anyhow::Result<()> {
+    config.task_utask = offset(btf, "task_struct", &["utask"])?;
+    config.utask_return_instances = offset(btf, "uprobe_task", &["return_instances"])?;
+    config.return_instance_stack = offset(btf, "return_instance", &["stack"])?;
+    config.return_instance_address = offset(btf, "return_instance", &["orig_ret_vaddr"])?;
+    config.return_instance_next = offset(btf, "return_instance", &["next"])?;
     Ok(())
 }
 
@@ -96,6 +110,7 @@ mod tests {
         offsets(&mut config).unwrap();
         assert!(config.task_tgid > 0 && config.task_mm > 0 && config.mm_xol_area > 0);
         assert_ne!(config.task_tgid, config.task_exit_code);
+        assert!(config.task_utask > 0 && config.return_instance_address > 0);
     }
 
     #[test]

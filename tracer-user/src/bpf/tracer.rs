@@ -16,9 +16,10 @@ use aya::{
 use aya_log::EbpfLogger;
 use serde::Serialize;
 use tracer_common::{
+    alloc_spec::{Family, HEAP},
     config::{CONFIG_SYMBOL, Config, Starts},
     instance::{ARMED, Instance, MAX_INSTANCES, Membership},
-    ledger::{Block, BlockKey},
+    ledger::{Block, BlockKey, instance_of, scope},
     missed::Missed,
     site::{COPY_SENT, FRAMES_SENT, Site, SiteKey},
     unwind::Segment,
@@ -64,6 +65,8 @@ pub struct Limits {
     pub copy_all_stacks: bool,
     /// Which processes are recorded from when they execute a program on.
     pub starts: Starts,
+    /// The highest number of a family that is probed.
+    pub families: Family,
 }
 
 impl Limits {
@@ -87,6 +90,7 @@ impl Limits {
             padding: 0,
             cgroup: 0,
         },
+        families: HEAP,
     };
 
     /// Kernel memory that the ledger, the site table and the unwind tables take, in bytes.
@@ -141,6 +145,7 @@ pub struct Tracer {
     /// One element: how many sites were handed out.
     site_count: MappedArray<u64>,
     max_sites: u32,
+    families: Family,
     /// Diagnostics of the programs, where they are asked for.
     log: Option<EbpfLogger<&'static dyn log::Log>>,
 }
@@ -167,6 +172,7 @@ impl Tracer {
             },
             copy_all_stacks: u32::from(limits.copy_all_stacks),
             starts: limits.starts,
+            families: u32::from(limits.families),
             ..Config::default()
         };
         kernel_types::offsets(&mut config)?;
@@ -227,6 +233,7 @@ impl Tracer {
             sites,
             site_count,
             max_sites: limits.max_sites,
+            families: limits.families,
             log,
         })
     }
@@ -323,7 +330,17 @@ impl Tracer {
             }
             Err(error) => return Err(error).context("failed to open a process instance"),
         };
-        let overflow_site = self.reserve_site(instance)?;
+        let overflow_site = self.reserve_site(instance, HEAP)?;
+        for family in 1..=self.families {
+            let id = self.reserve_site(instance, family)?;
+            let key = SiteKey {
+                stack_hash: 0,
+                scope: scope(instance, family),
+            };
+            self.site_ids()?
+                .insert(key, id, 0)
+                .context("failed to set a site aside")?;
+        }
         let state = Instance {
             flags,
             overflow_site,
@@ -374,8 +391,16 @@ impl Tracer {
         unsafe { AtomicU32::from_ptr(self.site_count.pointer(0).cast()) }
     }
 
-    /// Sets a site aside that takes an instance's blocks when the table is full.
-    fn reserve_site(&mut self, instance: u32) -> anyhow::Result<u32> {
+    fn site_ids(&mut self) -> anyhow::Result<HashMap<&mut MapData, SiteKey, u32>> {
+        let map = self
+            .ebpf
+            .map_mut("SITE_IDS")
+            .ok_or_else(|| anyhow!("no map SITE_IDS"))?;
+        Ok(HashMap::try_from(map)?)
+    }
+
+    /// Sets a site aside that takes an instance's blocks of a family when the table is full.
+    fn reserve_site(&mut self, instance: u32, family: Family) -> anyhow::Result<u32> {
         let max_sites = self.max_sites;
         let next = self
             .site_counter()
@@ -392,6 +417,7 @@ impl Tracer {
         // SAFETY: a live element of the mapping, which nobody else uses.
         unsafe {
             (&raw mut (*site).instance).write_volatile(instance);
+            (&raw mut (*site).family).write_volatile(u32::from(family));
             (&raw mut (*site).stack_sent).write_volatile(FRAMES_SENT | COPY_SENT);
         }
         Ok(id)
@@ -403,9 +429,10 @@ impl Tracer {
         for id in 0..self.site_count() {
             let site = self.sites.pointer(id as usize);
             // SAFETY: a live element of the mapping.
-            let (instance, stack_hash) = unsafe {
+            let (instance, family, stack_hash) = unsafe {
                 (
                     (&raw const (*site).instance).read_volatile(),
+                    (&raw const (*site).family).read_volatile() as Family,
                     (&raw const (*site).stack_hash).read_volatile(),
                 )
             };
@@ -414,15 +441,10 @@ impl Tracer {
             }
             let key = SiteKey {
                 stack_hash,
-                instance: u64::from(instance),
+                scope: scope(instance, family),
             };
-            let map = self
-                .ebpf
-                .map_mut("SITE_IDS")
-                .ok_or_else(|| anyhow!("no map SITE_IDS"))?;
-            let mut ids: HashMap<&mut MapData, SiteKey, u32> = HashMap::try_from(map)?;
-            // An overflow site has no entry.
-            remove(&mut ids, &key).context("failed to free a site")?;
+            // The heap's overflow site has no entry.
+            remove(&mut self.site_ids()?, &key).context("failed to free a site")?;
             // SAFETY: no thread of the instance is left that could use it, and nobody has its id.
             unsafe { site.write_bytes(0, 1) };
             self.queue("FREE_SITES")?
@@ -575,20 +597,25 @@ impl Tracer {
         unsafe { (&raw const (*site).allocs).read_volatile() > 0 }
     }
 
-    /// A site's instance, and its bytes not freed. Reads only these: a site is a kilobyte, and this
+    /// A site's instance, and its bytes of the heap not freed. Reads only these: a site is a kilobyte, and this
     /// is asked of every one at every tick.
     #[must_use]
     pub fn live_bytes(&self, id: u32) -> (u32, u64) {
         let site = self.sites.pointer(id as usize);
         // SAFETY: fields of a live element of the mapping, which programs add to.
-        let (instance, allocated, freed) = unsafe {
+        let (instance, family, allocated, freed) = unsafe {
             (
                 (&raw const (*site).instance).read_volatile(),
+                (&raw const (*site).family).read_volatile(),
                 (&raw const (*site).alloc_bytes).read_volatile(),
                 (&raw const (*site).freed_bytes).read_volatile(),
             )
         };
-        (instance, allocated.saturating_sub(freed))
+        let live_bytes = match family == u32::from(HEAP) {
+            true => allocated.saturating_sub(freed),
+            false => 0,
+        };
+        (instance, live_bytes)
     }
 
     /// Missed events so far, all counters.
@@ -622,7 +649,7 @@ impl Tracer {
     pub fn purge(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<(u32, Block)>> {
         let mut found = Vec::new();
         self.for_each_block(|key, block| {
-            let instance = key.instance as u32;
+            let instance = instance_of(key.scope);
             if instances.contains(&instance) {
                 found.push((key, instance, block));
             }
@@ -731,4 +758,37 @@ pub fn monotonic_ns() -> u64 {
     // SAFETY: a valid clock and a place for the result.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With as many families as there can be, what follows all of a thread's calls is a longer loop.
+    #[test]
+    fn programs_for_many_families_are_far_from_the_verifiers_limit() {
+        let limits = Limits {
+            families: Family::MAX,
+            max_sites: 1024,
+            ..Limits::LEAST
+        };
+        let mut tracer = match Tracer::load(limits, false) {
+            Ok(tracer) => tracer,
+            // Needs root.
+            Err(error) if !nix::unistd::geteuid().is_root() => {
+                log::warn!("skipped: {error:#}");
+                return;
+            }
+            Err(error) => panic!("{error:#}"),
+        };
+        for program in tracer.programs().unwrap() {
+            let count = program.verified_instructions.unwrap_or(0);
+            assert!(count < 100_000, "{} takes {count}", program.name);
+        }
+        // Each has a site of its own for what finds no room.
+        let instance = tracer.open_instance(1, 0).unwrap();
+        assert_eq!(tracer.site_count(), 1 + u32::from(Family::MAX));
+        assert_eq!(tracer.site(5).instance, instance);
+        assert_eq!(tracer.site(5).family, 5);
+    }
 }

@@ -181,7 +181,8 @@ fn probe(session: &mut Session, index: usize) -> anyhow::Result<()> {
     session.hook_loader(index)?;
     // What was mapped before the hook stood.
     session.probe(index)?;
-    session.expect_same_process(index)
+    session.expect_same_process(index)?;
+    expect_what_was_asked_for(session, index)
 }
 
 /// Opens, probes and begins to record a process that came without our being told.
@@ -245,6 +246,19 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
             programs.len()
         ));
     }
+}
+
+/// Fails if a function that the user named is not there; a prefix that nothing has is only said, as
+/// the allocators without it are probed.
+fn expect_what_was_asked_for(session: &Session, index: usize) -> anyhow::Result<()> {
+    let mut all = session.shortcomings(index);
+    if session.waits_for_functions(index) {
+        anyhow::bail!(all.swap_remove(0));
+    }
+    for one in all {
+        say(format_args!("unfreed: {one}; what is probed has no prefix"));
+    }
+    Ok(())
 }
 
 /// Until Ctrl-C, the end of the plan or the end of the processes.

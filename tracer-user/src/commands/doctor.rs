@@ -9,6 +9,7 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::Context as _;
@@ -176,6 +177,8 @@ struct FunctionReport {
     instruction: String,
     emulated: bool,
     return_probe: bool,
+    /// Whether it throws an exception if there is no memory, which a return probe makes fatal.
+    throws: bool,
     /// Cost of a call, without what the tracer does then.
     cost_ns: Option<u32>,
 }
@@ -193,7 +196,7 @@ enum Does {
 impl Does {
     const fn of(call: Call) -> Self {
         match call {
-            Call::Alloc { .. } | Call::AllocTo { .. } => Self::Allocate,
+            Call::Alloc(_) => Self::Allocate,
             Call::Free { .. } => Self::Free,
             Call::Jump => Self::Jump,
         }
@@ -276,6 +279,7 @@ impl Patient {
 
         let search = Search {
             symbol_prefix: None,
+            definitions: Arc::default(),
             emulation: host.facts.emulation(),
         };
         let mut seen = BTreeSet::new();
@@ -359,7 +363,7 @@ fn functions(module: &Module, cost: Option<ProbeCost>) -> Vec<FunctionReport> {
     let rank = |name: &str| {
         C_ALLOCATOR
             .iter()
-            .position(|known| name.ends_with(known.name))
+            .position(|known| name == known.name)
             .unwrap_or(usize::MAX)
     };
     let report = |function: &Function| {
@@ -373,6 +377,7 @@ fn functions(module: &Module, cost: Option<ProbeCost>) -> Vec<FunctionReport> {
             instruction: function.probe_point.instruction.clone(),
             emulated,
             return_probe: returns,
+            throws: function.throws,
             cost_ns: cost.map(|cost| cost.of_call(emulated, returns)),
         }
     };
@@ -404,6 +409,7 @@ mod tests {
             instruction: "push r12".to_owned(),
             emulated: true,
             return_probe: true,
+            throws: false,
             cost_ns: Some(1100),
         };
         let free = FunctionReport {
@@ -413,6 +419,7 @@ mod tests {
             instruction: "push rbx".to_owned(),
             emulated: true,
             return_probe: false,
+            throws: false,
             cost_ns: Some(600),
         };
         let process = Patient {

@@ -101,6 +101,12 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
             say(format_args!("unfreed: {error:#}"));
         }
     }
+    // What it was at last is what the user meant.
+    if let Some(last) = session.targets().len().checked_sub(1) {
+        for shortcoming in session.shortcomings(last) {
+            say(format_args!("unfreed: {shortcoming}"));
+        }
+    }
     session
         .report(true)?
         .give(&args.report, &mut io::stderr())?;
@@ -329,7 +335,8 @@ impl Held<'_> {
             self.session.await_tables(reading_tables);
             self.session.arm(self.current);
             // glibc's loader reports before it maps anything, and when all is mapped.
-            if self.reports >= 2 {
+            // A library that is still to come is probed before it runs.
+            if self.reports >= 2 && !self.session.waits_for_functions(self.current) {
                 self.session.hold_no_more(self.current);
             }
         }

@@ -2,6 +2,8 @@
 
 pub mod allocators;
 pub(crate) mod bounded;
+pub mod danger;
+mod forward;
 pub mod labels;
 pub mod maps;
 pub mod module;

@@ -1,21 +1,31 @@
 //! A mapped file: who it is, which allocator functions it defines, and where their probes go.
 
-use std::{collections::BTreeMap, fs::File, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    path::Path,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, anyhow};
 use object::{
     Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _, ObjectSymbol as _,
-    SymbolKind,
+    ObjectSymbolTable as _, RelocationTarget, SymbolKind,
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
-use tracer_common::alloc_spec::{AllocSpec, NO_REGISTER, ResultKind};
+use tracer_common::alloc_spec::{AllocSpec, Family, HEAP, NO_REGISTER, ResultKind};
 
 use super::{
-    allocators::{self, Call, Signature},
+    allocators::{self, Call, Gives, Kind},
     bounded::BoundedFile,
+    danger::{self, FunctionDanger},
+    forward::{Callee, Calls},
 };
-use crate::probe_point::{self, Emulation, Gpr, ProbeClass, ProbePoint};
+use crate::{
+    definitions::Definitions,
+    probe_point::{self, Emulation, Gpr, ProbeClass, ProbePoint},
+};
 
 /// Identity of a mapped file on this host, while it is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +41,8 @@ pub struct FileId {
 pub struct Search {
     /// A prefix that allocator functions may carry (`je_`), beside those without.
     pub symbol_prefix: Option<String>,
+    /// Functions that the user named.
+    pub definitions: Arc<Definitions>,
     /// What the running kernel emulates.
     pub emulation: Emulation,
 }
@@ -46,6 +58,8 @@ pub struct Module {
     pub loader_report: Option<u64>,
     /// What the file tells of itself that matters to a user who finds no allocator in it.
     pub traits: Traits,
+    /// Whether a function has the user's prefix.
+    pub has_prefixed: bool,
 }
 
 /// Reasons why a file may have no allocator functions that can be seen.
@@ -61,13 +75,22 @@ pub struct Traits {
     pub has_interpreter: bool,
 }
 
-/// One allocator function and its probe.
+/// One allocator function, or one that the user named, and its probe.
 #[derive(Clone, Debug)]
 pub struct Function {
     /// Its names: aliases share an address and so a probe.
     pub names: Vec<String>,
     /// How it is called.
     pub call: Call,
+    /// What it gives or takes.
+    pub family: Family,
+    /// The user's definitions that mean it, by their index; empty for what was found without.
+    pub definitions: Vec<usize>,
+    /// Whether it throws an exception if there is no memory, which ends a process whose function has a
+    /// return probe.
+    pub throws: bool,
+    /// Why it must not have a return probe.
+    pub danger: Option<FunctionDanger>,
     /// Address in the file's own terms.
     pub address: u64,
     /// Offset of its first instruction in the file.
@@ -89,17 +112,30 @@ impl Function {
         let register = |argument: u8| {
             self.probe_point.arg_registers[usize::from(argument)].map_or(NO_REGISTER, Gpr::number)
         };
-        let mut spec = AllocSpec::NONE;
+        let optional = |argument: Option<u8>| argument.map_or(NO_REGISTER, register);
+        let mut spec = AllocSpec {
+            family: self.family,
+            ..AllocSpec::NONE
+        };
         match self.call {
-            Call::Alloc { size, count, old } => {
-                spec.size = register(size);
-                spec.count = count.map_or(NO_REGISTER, register);
-                spec.pointer = old.map_or(NO_REGISTER, register);
-            }
-            Call::AllocTo { size, out } => {
-                spec.size = register(size);
-                spec.out_pointer = register(out);
-                spec.result = ResultKind::OutPointer;
+            Call::Alloc(alloc) => {
+                spec.size = optional(alloc.size);
+                spec.count = optional(alloc.count);
+                spec.pointer = optional(alloc.old);
+                match alloc.gives {
+                    Gives::Returned => {}
+                    Gives::Resized => spec.result = ResultKind::Resized,
+                    Gives::Through { out, success } => {
+                        spec.out_pointer = register(out);
+                        spec.result = ResultKind::OutPointer;
+                        spec.success = success;
+                    }
+                    Gives::Argument { key, success } => {
+                        spec.out_pointer = register(key);
+                        spec.result = ResultKind::Argument;
+                        spec.success = success;
+                    }
+                }
             }
             Call::Free { pointer } => spec.pointer = register(pointer),
             Call::Jump => {}
@@ -116,11 +152,19 @@ impl Function {
 
 type Elf<'a> = ElfFile64<'a, Endianness, &'a BoundedFile>;
 
-/// A symbol that names an allocator function.
+/// Functions by address, family, and the library that the user wants them of.
+type FoundFunctions = BTreeMap<(u64, Family, Option<String>), Found>;
+
+/// A symbol that names a function to be probed.
 struct Found {
     names: Vec<String>,
-    signature: &'static Signature,
+    call: Call,
     size: u64,
+    definitions: Vec<usize>,
+    /// Whether all of its names are of functions that are left out if they forward.
+    may_forward: bool,
+    /// Whether all of its names are of functions that throw.
+    throws: bool,
 }
 
 /// Code longer than this is not an allocator function's: a symbol that says so is wrong.
@@ -151,22 +195,20 @@ impl Module {
         let is_glibc_loader = loader_report.is_some() && !defines_printf(&elf);
         // glibc's loader has had an allocator of its own for the time before libc is there; what it
         // allocates is never freed through libc's.
-        let found = if is_glibc_loader {
-            BTreeMap::new()
-        } else {
-            find(&elf, search)
-        };
-        let functions = place(&elf, found, search)
+        let (mut found, has_prefixed) = find(&elf, search, !is_glibc_loader);
+        leave_out_forwarding(&elf, &mut found, search);
+        let functions = place(&elf, found, search, traits.go)
             .with_context(|| format!("failed to read the code of {}", path.display()))?;
         Ok(Self {
             build_id,
             functions,
             loader_report,
             traits,
+            has_prefixed,
         })
     }
 
-    /// Whether it has allocator functions.
+    /// Whether it has functions to be probed.
     #[must_use]
     pub fn has_allocator(&self) -> bool {
         self.allocator_functions() > 0
@@ -180,6 +222,22 @@ impl Module {
             .filter(|function| function.call != Call::Jump)
             .count()
     }
+}
+
+/// Names of the functions that a file defines, for those who look for one in vain.
+pub fn function_names(path: &Path) -> anyhow::Result<Vec<String>> {
+    const MAX_NAMES: usize = 1 << 20;
+    let file = File::open(path).with_context(|| format!("failed to open {}", path.display()))?;
+    let cache = BoundedFile::new(file);
+    let elf = Elf::parse(&cache)
+        .map_err(|error| anyhow!("{} is no 64-bit ELF file: {error}", path.display()))?;
+    Ok(elf
+        .dynamic_symbols()
+        .chain(elf.symbols())
+        .filter(|symbol| symbol.is_definition() && symbol.kind() == SymbolKind::Text)
+        .filter_map(|symbol| Some(symbol.name().ok()?.to_owned()))
+        .take(MAX_NAMES)
+        .collect())
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -220,9 +278,11 @@ fn is_static_pie(elf: &Elf<'_>) -> bool {
         && elf.dynamic_symbols().next().is_none()
 }
 
-/// Global functions with an allocator's name, by address.
-fn find(elf: &Elf<'_>, search: &Search) -> BTreeMap<u64, Found> {
-    let mut found: BTreeMap<u64, Found> = BTreeMap::new();
+/// Functions with an allocator's name, unless there is none that others can call, and those that the
+/// user named. Also gives whether one has the user's prefix.
+fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions, bool) {
+    let mut found = FoundFunctions::new();
+    let mut has_prefixed = false;
     // What glibc hides from others is local there.
     let local_too = is_static_pie(elf);
     for symbol in elf.dynamic_symbols().chain(elf.symbols()) {
@@ -230,48 +290,140 @@ fn find(elf: &Elf<'_>, search: &Search) -> BTreeMap<u64, Found> {
             continue;
         }
         let raw = symbol.elf_symbol();
-        if raw.st_type() != STT_FUNC || (raw.st_bind() == STB_LOCAL && !local_too) {
+        if raw.st_type() != STT_FUNC {
             continue;
         }
         let Ok(name) = symbol.name() else { continue };
-        let Some(signature) = allocators::by_name(name, search.symbol_prefix.as_deref()) else {
-            continue;
-        };
-        let entry = found.entry(symbol.address()).or_insert_with(|| Found {
-            names: Vec::new(),
-            signature,
-            size: symbol.size(),
+        let named = allocators::by_name(name, search.symbol_prefix.as_deref()).filter(|named| {
+            let is_callable = raw.st_bind() != STB_LOCAL || local_too || named.is_unmistakable;
+            has_allocators && is_callable
         });
-        if !entry.names.iter().any(|known| known == name) {
-            entry.names.push(name.to_owned());
+        let mut add = |family, library: Option<String>, new: Found| {
+            let entry = found
+                .entry((symbol.address(), family, library))
+                .or_insert_with(|| Found {
+                    names: Vec::new(),
+                    definitions: Vec::new(),
+                    ..new
+                });
+            entry.may_forward &= new.may_forward;
+            entry.throws &= new.throws;
+            for definition in new.definitions {
+                if !entry.definitions.contains(&definition) {
+                    entry.definitions.push(definition);
+                }
+            }
+            if !entry.names.iter().any(|known| known == name) {
+                entry.names.push(name.to_owned());
+            }
+        };
+        if let Some(named) = named {
+            has_prefixed |= named.by_prefix;
+            let kind = named.signature.kind;
+            let new = Found {
+                names: Vec::new(),
+                call: named.signature.call,
+                size: symbol.size(),
+                definitions: Vec::new(),
+                may_forward: matches!(kind, Kind::Above { .. }),
+                throws: kind == Kind::Above { throws: true },
+            };
+            add(HEAP, None, new);
+        }
+        for (index, definition) in search.definitions.named(name) {
+            let new = Found {
+                names: Vec::new(),
+                call: definition.call,
+                size: symbol.size(),
+                definitions: vec![index],
+                may_forward: false,
+                throws: false,
+            };
+            add(definition.family, definition.library.clone(), new);
         }
     }
-    found
+    (found, has_prefixed)
+}
+
+/// Takes out what does nothing but call an allocator that is probed itself.
+fn leave_out_forwarding(elf: &Elf<'_>, found: &mut FoundFunctions, search: &Search) {
+    if !found.values().any(|function| function.may_forward) {
+        return;
+    }
+    // As much as any instruction takes.
+    let code = |address: u64| (1..=15).rev().find_map(|length| code(elf, address, length));
+    let prefix = search.symbol_prefix.as_deref();
+    let mut calls = Calls::new(&code);
+    for symbol in elf.symbols().chain(elf.dynamic_symbols()) {
+        // Of allocator functions only those that were found, as others have no probe.
+        let is_found = found.contains_key(&(symbol.address(), HEAP, None));
+        if symbol.is_definition()
+            && symbol.kind() == SymbolKind::Text
+            && let Ok(name) = symbol.name()
+            && let Some(callee) = Callee::of_symbol(name, prefix)
+            && (is_found || callee == Callee::NeverReturns)
+        {
+            calls.defined.insert(symbol.address(), callee);
+        }
+    }
+    calls.slots = slots(elf, prefix);
+    found.retain(|(address, _, _), function| {
+        let forwards = function.may_forward && calls.forwards(*address, function.call);
+        if forwards {
+            log::debug!("{} only calls an allocator", function.names.join(", "));
+        }
+        !forwards
+    });
+}
+
+/// Slots that the dynamic loader fills with the address of an allocator function, or one that does
+/// not return.
+fn slots(elf: &Elf<'_>, prefix: Option<&str>) -> HashMap<u64, Callee> {
+    const MAX_RELOCATIONS: usize = 1 << 22;
+    let (Some(relocations), Some(symbols)) =
+        (elf.dynamic_relocations(), elf.dynamic_symbol_table())
+    else {
+        return HashMap::new();
+    };
+    let mut slots = HashMap::new();
+    for (slot, relocation) in relocations.take(MAX_RELOCATIONS) {
+        if let RelocationTarget::Symbol(index) = relocation.target()
+            && let Ok(symbol) = symbols.symbol_by_index(index)
+            && let Ok(name) = symbol.name()
+            && let Some(callee) = Callee::of_symbol(name, prefix)
+        {
+            slots.insert(slot, callee);
+        }
+    }
+    slots
 }
 
 /// Decides for every function where its probe goes.
 fn place(
     elf: &Elf<'_>,
-    found: BTreeMap<u64, Found>,
+    found: FoundFunctions,
     search: &Search,
+    is_go: bool,
 ) -> anyhow::Result<Vec<Function>> {
     if found.is_empty() {
         return Ok(Vec::new());
     }
     let ranges: Vec<_> = found
         .iter()
-        .map(|(address, found)| {
+        .map(|((address, _, _), found)| {
             *address..address.saturating_add(found.size.min(MAX_FUNCTION_BYTES))
         })
         .collect();
     let outside = survey(elf, &ranges)?;
     let mut functions = Vec::new();
-    for (((address, found), range), outside) in found.into_iter().zip(&ranges).zip(&outside) {
+    for ((((address, family, _), found), range), outside) in
+        found.into_iter().zip(&ranges).zip(&outside)
+    {
         let Some(file_offset) = file_offset(elf, address) else {
             continue;
         };
         let code = code(elf, range.start, range.end - range.start).unwrap_or_default();
-        let call = found.signature.call;
+        let call = found.call;
         let arguments = call.arguments();
         // Without the survey anything may jump to right behind the entry, which leaves the entry.
         let unknown = [address.saturating_add(1)];
@@ -287,9 +439,17 @@ fn place(
             outside_targets: outside.as_deref().unwrap_or(&unknown),
             emulation: search.emulation,
         });
+        let danger = match found.definitions.is_empty() || !call.returns() {
+            true => None,
+            false => danger::of_function(&found.names, code, is_go),
+        };
         functions.push(Function {
             names: found.names,
             call,
+            family,
+            definitions: found.definitions,
+            throws: found.throws,
+            danger,
             address,
             file_offset,
             probe_point,

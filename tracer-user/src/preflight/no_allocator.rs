@@ -83,10 +83,12 @@ pub fn no_allocator<'a>(
 
 #[cfg(test)]
 mod tests {
+    use tracer_common::alloc_spec::HEAP;
+
     use super::*;
     use crate::{
         discover::{
-            allocators::Call,
+            allocators::{Alloc, Call},
             module::{Function, Traits},
         },
         probe_point::{ProbeClass, ProbePoint},
@@ -98,6 +100,7 @@ mod tests {
             functions: Vec::new(),
             loader_report: None,
             traits,
+            has_prefixed: false,
         }
     }
 
@@ -118,11 +121,14 @@ mod tests {
     fn libc() -> Module {
         let malloc = Function {
             names: vec!["malloc".to_owned()],
-            call: Call::Alloc {
-                size: 0,
-                count: None,
-                old: None,
-            },
+            call: Call::Alloc(Alloc {
+                size: Some(0),
+                ..Alloc::default()
+            }),
+            family: HEAP,
+            definitions: Vec::new(),
+            throws: false,
+            danger: None,
             address: 0,
             file_offset: 0,
             probe_point: ProbePoint {

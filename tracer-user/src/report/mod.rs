@@ -95,6 +95,9 @@ pub struct Filters {
     /// Functions with this prefix were probed too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub symbol_prefix: Option<String>,
+    /// The allocators were not probed.
+    #[serde(skip_serializing_if = "is_false")]
+    pub no_heap: bool,
 }
 
 impl Filters {
@@ -162,8 +165,11 @@ pub struct ProcessReport {
     /// Whether the main thread ended while others went on: the kernel may then have taken the
     /// probes away.
     pub main_thread_exited: bool,
-    /// Over all sites.
+    /// Over all sites of the heap.
     pub totals: Totals,
+    /// What the user had counted beside it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub families: Vec<FamilyReport>,
     /// How far up their stacks go.
     pub stacks: StackQuality,
     /// By how much they matter: bytes not freed.
@@ -196,6 +202,17 @@ impl Exit {
             }
         }
     }
+}
+
+/// Things of a kind that the user named functions for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FamilyReport {
+    /// Its name.
+    pub name: String,
+    /// Whether the things have sizes; else all bytes are 0.
+    pub has_sizes: bool,
+    /// Over all of its sites.
+    pub totals: Totals,
 }
 
 /// Sums over a process's sites.
@@ -236,6 +253,9 @@ impl Totals {
 pub struct SiteReport {
     /// The same for the same stack of the same binaries, in every session.
     pub id: String,
+    /// What is counted, if it is not the heap: the name of a [`FamilyReport`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
     /// Blocks allocated here.
     pub allocs: u64,
     /// Of these, freed.

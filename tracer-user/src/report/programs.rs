@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
-use super::{ProcessReport, SiteReport, Totals};
+use super::{FamilyReport, ProcessReport, SiteReport, Totals};
 use crate::stacks::StackQuality;
 
 /// A program that was several process instances.
@@ -20,6 +20,9 @@ pub struct ProgramReport {
     pub running: usize,
     /// Over all instances. `peak_live_bytes` is the sum of theirs, which may be of different times.
     pub totals: Totals,
+    /// What the user had counted beside the heap.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub families: Vec<FamilyReport>,
     /// How far up their stacks go.
     pub stacks: StackQuality,
     /// Over all instances: stacks are the same that go through the same places of the same files.
@@ -56,6 +59,13 @@ fn program(exe: &str, instances: &[&ProcessReport]) -> ProgramReport {
     for process in instances {
         program.running += usize::from(process.is_running());
         program.totals.add(&process.totals);
+        for family in &process.families {
+            let known = program.families.iter_mut();
+            match known.into_iter().find(|known| known.name == family.name) {
+                Some(known) => known.totals.add(&family.totals),
+                None => program.families.push(family.clone()),
+            }
+        }
         program.stacks.join(&process.stacks);
         for site in &process.sites {
             match sites.get_mut(site.id.as_str()) {

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use tracer_common::missed::Missed;
 
 use super::{
-    Exit, ProcessReport, ProgramReport, Report, SiteReport, Totals,
+    Exit, FamilyReport, ProcessReport, ProgramReport, Report, SiteReport, Totals,
     stack::{View, callers, name, place},
     units::{bytes, count, counted, duration},
 };
@@ -103,8 +103,17 @@ impl Subject<'_> {
 
     fn write(self, report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
         match self {
-            Self::Process(process) => write_process(report, process, limit, to),
-            Self::Program(program) => write_program(report, program, limit, to),
+            Self::Process(process) => {
+                write_process(report, process, limit, to)?;
+                match process.replaced_by_exec && report.processes.len() > 1 {
+                    true => Ok(()),
+                    false => write_families(report, &process.families, &process.sites, limit, to),
+                }
+            }
+            Self::Program(program) => {
+                write_program(report, program, limit, to)?;
+                write_families(report, &program.families, &program.sites, limit, to)
+            }
         }
     }
 }
@@ -222,6 +231,9 @@ fn write_process(
         );
     }
     writeln!(to, "\n")?;
+    if report.filters.no_heap {
+        return Ok(());
+    }
     if let Some(sizes) = recorded_sizes(report) {
         writeln!(to, "  Only blocks of {sizes} were recorded.\n")?;
     }
@@ -293,7 +305,10 @@ fn write_sites(
     limit: usize,
     to: &mut dyn Write,
 ) -> io::Result<()> {
-    let holding: Vec<_> = sites.iter().filter(|site| site.live_blocks > 0).collect();
+    let holding: Vec<_> = sites
+        .iter()
+        .filter(|site| site.live_blocks > 0 && site.family.is_none())
+        .collect();
     match report.filters.older_ms {
         _ if holding.is_empty() && totals.allocs == 0 => {
             let what = match recorded_sizes(report) {
@@ -332,20 +347,102 @@ fn write_sites(
     writeln!(to)?;
     let digits = holding.len().min(limit).to_string().len();
     for (rank, site) in shown().enumerate() {
-        write_site(report, (rank + 1, digits), site, to)?;
+        write_site(report, (rank + 1, digits), site, true, to)?;
     }
-    if holding.len() > limit {
-        let rest = &holding[limit..];
-        writeln!(
-            to,
-            "  … and {} more with {} in {} (all are shown with -T {}).\n",
-            counted(rest.len() as u64, "site"),
-            bytes(rest.iter().map(|site| site.live_bytes).sum()),
-            counted(rest.iter().map(|site| site.live_blocks).sum(), "block"),
-            holding.len()
-        )?;
+    write_rest(&holding, limit, true, to)
+}
+
+/// How much the sites that are not shown hold.
+fn write_rest(
+    holding: &[&SiteReport],
+    limit: usize,
+    has_sizes: bool,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let Some(rest) = holding.get(limit..).filter(|rest| !rest.is_empty()) else {
+        return Ok(());
+    };
+    let size = match has_sizes {
+        true => format!(
+            "{} in ",
+            bytes(rest.iter().map(|site| site.live_bytes).sum())
+        ),
+        false => String::new(),
+    };
+    let blocks: u64 = rest.iter().map(|site| site.live_blocks).sum();
+    writeln!(
+        to,
+        "  … and {} more with {size}{} (all are shown with -T {}).\n",
+        counted(rest.len() as u64, "site"),
+        match has_sizes {
+            true => counted(blocks, "block"),
+            false => count(blocks),
+        },
+        holding.len()
+    )
+}
+
+/// What the user had counted beside the heap, in sections of their own.
+fn write_families(
+    report: &Report,
+    families: &[FamilyReport],
+    sites: &[SiteReport],
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let (used, unused): (Vec<_>, Vec<_>) =
+        families.iter().partition(|family| family.totals.allocs > 0);
+    for family in used {
+        write_family(report, sites, family, limit, to)?;
+    }
+    if !unused.is_empty() {
+        let names: Vec<_> = unused
+            .iter()
+            .map(|family| harmless(&family.name).to_string())
+            .collect();
+        writeln!(to, "None was taken of: {}.\n", names.join(", "))?;
     }
     Ok(())
+}
+
+/// What the user had counted beside the heap.
+fn write_family(
+    report: &Report,
+    sites: &[SiteReport],
+    family: &FamilyReport,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let FamilyReport {
+        name,
+        has_sizes,
+        totals,
+    } = family;
+    let name = harmless(name);
+    let mut holding: Vec<_> = sites
+        .iter()
+        .filter(|site| site.live_blocks > 0 && site.family.as_ref() == Some(&family.name))
+        .collect();
+    if !has_sizes {
+        holding.sort_by_key(|site| std::cmp::Reverse(site.live_blocks));
+    }
+    let size = match has_sizes {
+        true => format!(" ({})", bytes(totals.live_bytes)),
+        false => String::new(),
+    };
+    writeln!(
+        to,
+        "{name}: {} taken, {} given back, {}{size} not given back{}\n",
+        count(totals.allocs),
+        count(totals.frees),
+        count(totals.live_blocks),
+        if holding.is_empty() { "." } else { ":" }
+    )?;
+    let digits = holding.len().min(limit).to_string().len();
+    for (rank, site) in holding.iter().take(limit).enumerate() {
+        write_site(report, (rank + 1, digits), site, *has_sizes, to)?;
+    }
+    write_rest(&holding, limit, *has_sizes, to)
 }
 
 /// How the process ended, as a clause.
@@ -377,6 +474,7 @@ fn write_site(
     report: &Report,
     (rank, digits): (usize, usize),
     site: &SiteReport,
+    has_size: bool,
     to: &mut dyn Write,
 ) -> io::Result<()> {
     let oldest = site
@@ -388,14 +486,24 @@ fn write_site(
         .older_ms
         .map(|older_ms| format!(" at least {} old", duration(older_ms as f64 / 1e3)))
         .unwrap_or_default();
-    writeln!(
-        to,
-        "  #{rank:<digits$}  {} in {}{old}   ({} allocated, {} freed{oldest})",
-        bytes(site.live_bytes),
-        counted(site.live_blocks, "block"),
-        count(site.allocs),
-        count(site.frees),
-    )?;
+    if has_size {
+        writeln!(
+            to,
+            "  #{rank:<digits$}  {} in {}{old}   ({} allocated, {} freed{oldest})",
+            bytes(site.live_bytes),
+            counted(site.live_blocks, "block"),
+            count(site.allocs),
+            count(site.frees),
+        )?;
+    } else {
+        writeln!(
+            to,
+            "  #{rank:<digits$}  {} not given back{old}   ({} taken, {} given back{oldest})",
+            count(site.live_blocks),
+            count(site.allocs),
+            count(site.frees),
+        )?;
+    }
     let view = View::of(&site.stack);
     if let Some(through) = view.through {
         writeln!(to, "       (through {through})")?;
@@ -524,6 +632,38 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
+/// One line a site of what the user had counted beside the heap.
+fn write_interim_family(
+    process: &ProcessReport,
+    family: &FamilyReport,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let name = harmless(&family.name);
+    writeln!(
+        to,
+        "  {name}: {} not given back",
+        count(family.totals.live_blocks)
+    )?;
+    let mut holding: Vec<_> = process
+        .sites
+        .iter()
+        .filter(|site| site.live_blocks > 0 && site.family.as_ref() == Some(&family.name))
+        .collect();
+    holding.sort_by_key(|site| std::cmp::Reverse(site.live_blocks));
+    for site in holding.iter().take(limit) {
+        writeln!(
+            to,
+            "{:>12} {:>9} of {:>9} taken   {}",
+            "",
+            count(site.live_blocks),
+            count(site.allocs),
+            callers(&site.stack)
+        )?;
+    }
+    Ok(())
+}
+
 /// One line a site, for a session that goes on.
 pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
     /// Processes that each get a table.
@@ -545,14 +685,15 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
             counted(totals.live_blocks, "block"),
         )?;
         if let Some(older_ms) = report.filters.older_ms {
-            let old: u64 = process.sites.iter().map(|site| site.live_bytes).sum();
+            let of_heap = process.sites.iter().filter(|site| site.family.is_none());
+            let old: u64 = of_heap.map(|site| site.live_bytes).sum();
             let age = duration(older_ms as f64 / 1e3);
             writeln!(to, "  of these, {} at least {age} old:", bytes(old))?;
         }
         for site in process
             .sites
             .iter()
-            .filter(|site| site.live_blocks > 0)
+            .filter(|site| site.live_blocks > 0 && site.family.is_none())
             .take(limit)
         {
             writeln!(
@@ -563,6 +704,9 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
                 count(site.allocs),
                 callers(&site.stack)
             )?;
+        }
+        for family in process.families.iter().filter(|f| f.totals.allocs > 0) {
+            write_interim_family(process, family, limit, to)?;
         }
         writeln!(to)?;
     }

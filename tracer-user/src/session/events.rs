@@ -35,6 +35,7 @@ impl Session {
     pub fn drain(&mut self) {
         self.tracer.flush_log();
         self.take_events();
+        self.probe_new_code();
         self.know_code();
         while let Some(record) = self.copies.get_mut().next().map(|record| record.to_vec()) {
             // The stack that it belongs to may have come since. Copies take time, and until the kernel
@@ -80,10 +81,6 @@ impl Session {
         let Some(index) = self.by_instance.get(&header.instance).copied() else {
             return;
         };
-        if is(EventKind::Mapped) {
-            self.look_at_code(index);
-            return;
-        }
         let Self {
             tracer,
             targets,
@@ -110,6 +107,8 @@ impl Session {
                     check.expect(header.detail, addresses, end);
                 }
             }
+        } else if is(EventKind::Mapped) {
+            target.look_at_code(tracer, files);
         } else if is(EventKind::UnknownCode) {
             target.look_for_unknown_code(tracer, files);
         } else if is(EventKind::Exec) {
@@ -121,21 +120,20 @@ impl Session {
         }
     }
 
-    /// A process's dynamic loader has changed what is mapped. An allocator among it is probed, where
-    /// allocators are looked for in processes as they come.
-    fn look_at_code(&mut self, index: usize) {
-        let target = &mut self.targets[index];
-        target.look_at_code(&self.tracer, &mut self.files);
-        if self.attachments.shares_all() {
-            self.probe_late(index);
+    /// Probes what targets have mapped since they were probed.
+    fn probe_new_code(&mut self) {
+        for index in 0..self.targets.len() {
+            if self.targets[index].has_new_code() {
+                self.probe_late(index);
+            }
         }
     }
 
     /// Probes what a process has mapped that is recorded already.
     fn probe_late(&mut self, index: usize) {
         let standing = self.attachments.standing().count();
-        if let Err(error) = self.probe(index).and_then(|_| self.hook_loader(index)) {
-            log::info!("PID {}: {error:#}", self.targets[index].process.pid);
+        if let Err(error) = self.probe(index) {
+            log::warn!("PID {}: {error:#}", self.targets[index].process.pid);
         }
         if self.attachments.standing().count() != standing {
             self.targets[index].from_start = false;
@@ -176,6 +174,9 @@ impl Session {
         target.from_start = true;
         let index = self.add(target);
         self.probe_late(index);
+        if let Err(error) = self.hook_loader(index) {
+            log::info!("PID {}: {error:#}", header.tgid);
+        }
     }
 
     /// A process that the kernel side records is not meant.

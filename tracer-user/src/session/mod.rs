@@ -8,7 +8,6 @@ mod events;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -17,8 +16,9 @@ use anyhow::Context as _;
 use aya::maps::{MapData, RingBuf};
 use tokio::{io::unix::AsyncFd, sync::Notify};
 use tracer_common::{
+    alloc_spec::HEAP,
     instance::{FOLLOWED, HELD, HELD_BY_LOADER},
-    ledger::{Block, BlockKey},
+    ledger::{Block, BlockKey, instance_of},
     site::Site,
 };
 
@@ -29,6 +29,7 @@ use crate::{
         links,
         tracer::{Limits, Tracer, monotonic_ns},
     },
+    definitions::Definitions,
     discover::{
         labels::ContainerNames,
         module::{FileId, Module, Search},
@@ -41,7 +42,7 @@ use crate::{
     stacks::{Stack, StackCheck},
     summary::{Ages, Figures, process_report},
     symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
-    target::Target,
+    target::{Target, Wanted},
     unwind::{cache::Cache, copies::Codes, library::Library},
 };
 
@@ -74,7 +75,8 @@ pub struct Session {
     has_unused_tables: bool,
     stacks: HashMap<u32, Stack>,
     filters: Filters,
-    only: Option<PathBuf>,
+    wanted: Wanted,
+    definitions: Arc<Definitions>,
     max_depth: usize,
     codes: Codes,
     /// Stacks unwound twice, if that is wanted.
@@ -101,6 +103,8 @@ impl Session {
             trace.min_size,
             trace.max_size
         );
+        let definitions = Arc::new(trace.all_definitions()?);
+        let families = definitions.families().map(|(number, _)| number).max();
         let host = Host::read();
         host.check()?;
         // One process cannot take it all from the others.
@@ -122,6 +126,7 @@ impl Session {
                 unwind_bytes: trace.unwind_memory << 20,
                 copy_all_stacks: trace.check_stacks,
                 starts: selection.starts(),
+                families: families.unwrap_or(HEAP),
             },
             trace.perf_links || !host.trusts_uprobe_multi(),
         )?;
@@ -132,6 +137,7 @@ impl Session {
         let copies = copies.context("failed to watch the ring buffer of stacks")?;
         let search = Search {
             symbol_prefix: trace.symbol_prefix.clone(),
+            definitions: Arc::clone(&definitions),
             emulation: host.emulation(),
         };
         let library = Library::new(Cache::open(&trace.cache_dir));
@@ -149,7 +155,7 @@ impl Session {
             targets: Vec::new(),
             by_instance: HashMap::new(),
             shared_probes: Vec::new(),
-            attachments: Attachments::new(selection.is_open() || trace.follow, trace.measure),
+            attachments: Attachments::new(selection.is_open() || trace.follow),
             selection,
             follows: trace.follow,
             container_names: ContainerNames::default(),
@@ -162,8 +168,15 @@ impl Session {
                 older_ms: report.older,
                 object: trace.object.as_ref().map(|path| path.display().to_string()),
                 symbol_prefix: trace.symbol_prefix.clone(),
+                no_heap: trace.no_heap,
             },
-            only: trace.object.clone(),
+            wanted: Wanted {
+                only: trace.object.clone(),
+                no_heap: trace.no_heap,
+                force: trace.force,
+                measure: trace.measure,
+            },
+            definitions,
             max_depth: trace.max_depth as usize,
             codes: Codes::default(),
             stack_check: trace.check_stacks.then(StackCheck::default),
@@ -232,7 +245,8 @@ impl Session {
             &mut self.tracer,
             &mut self.files,
             &mut self.attachments,
-            self.only.as_ref(),
+            &self.wanted,
+            &self.definitions,
         )?;
         self.library.want(&target.space)?;
         Ok(probes)
@@ -418,7 +432,20 @@ impl Session {
 
     /// Fails with the reason if a target has nothing to probe.
     pub fn expect_probes(&self, index: usize) -> anyhow::Result<()> {
-        self.targets[index].expect_probes(self.only.as_ref())
+        self.targets[index].expect_probes(self.wanted.only.as_ref())
+    }
+
+    /// What the user asked for and a target does not have, one line each.
+    #[must_use]
+    pub fn shortcomings(&self, index: usize) -> Vec<String> {
+        let prefix = self.filters.symbol_prefix.as_deref();
+        self.targets[index].shortcomings(&self.definitions, prefix)
+    }
+
+    /// Whether a target has not (yet) mapped all functions that the user named.
+    #[must_use]
+    pub fn waits_for_functions(&self, index: usize) -> bool {
+        self.targets[index].lacks(&self.definitions)
     }
 
     /// Fails if a target's PID has become another process, or another program, while it was probed.
@@ -486,16 +513,16 @@ impl Session {
 
     /// Ages of live blocks by site. Walks the ledger.
     fn ages(&self, now_ns: u64) -> anyhow::Result<HashMap<u32, Ages>> {
-        let ends: HashMap<u64, u64> = self
+        let ends: HashMap<u32, u64> = self
             .targets
             .iter()
             .filter(|target| target.closed.is_none())
-            .map(|target| (u64::from(target.instance), target.end_ns.unwrap_or(now_ns)))
+            .map(|target| (target.instance, target.end_ns.unwrap_or(now_ns)))
             .collect();
         let minimum_age_ns = self.filters.minimum_age_ns();
         let mut by_site: HashMap<u32, Ages> = HashMap::new();
         self.tracer.for_each_block(|key: BlockKey, block: Block| {
-            if let Some(end_ns) = ends.get(&key.instance) {
+            if let Some(end_ns) = ends.get(&instance_of(key.scope)) {
                 by_site
                     .entry(block.site)
                     .or_default()
@@ -537,6 +564,7 @@ impl Session {
                 now_ns: target.end_ns.unwrap_or(now_ns),
                 older,
                 sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
+                definitions: &self.definitions,
             };
             processes.push(process_report(target, &figures, &mut self.names));
         }

@@ -69,7 +69,7 @@ struct Crowd(Child);
 
 impl Crowd {
     fn start(directory: &Path) -> Result<Self> {
-        let source = cmd::workspace().join("tests/fixtures/crowd.c");
+        let source = cmd::workspace().join("tests/fixtures/many.c");
         let program = directory.join("unfreed-crowd");
         let flags = ["-O1", "-g", "-fno-builtin", "-o"];
         cmd::run(Command::new("gcc").args(flags).args([&program, &source]))?;

@@ -125,6 +125,10 @@ const CHOSEN: &[Chosen] = &[
         "lifecycle",
         &["an_instance_stays_open_when_the_main_thread_leaves"],
     ),
+    tests(
+        "pairs",
+        &["pools_handles_and_the_heap_below_them_are_exact_each"],
+    ),
     tests("options", &["two_sessions_on_one_process_see_the_same"]),
     tests(
         "replaced",

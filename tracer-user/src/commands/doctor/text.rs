@@ -216,6 +216,24 @@ fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
                  process does not call cost nothing"
         )?;
     }
+    let throwing = process.modules.iter().filter(|module| {
+        let mut functions = module.functions.iter();
+        functions.any(|function| function.throws)
+    });
+    for module in throwing {
+        let name = module
+            .path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy();
+        writeln!(
+            out,
+            "  note: operator new of {} has return probes, which no exception can pass: should it run \
+             out of\n    memory and throw bad_alloc while it is traced, the process ends \
+             (std::terminate). -O leaves\n    it out by naming another file",
+            harmless(&name)
+        )?;
+    }
     let (reason, possible) = match &process.verdict {
         Verdict::CanBeTraced => (None, true),
         Verdict::Refused {
