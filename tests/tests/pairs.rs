@@ -2,7 +2,7 @@
 
 #![allow(clippy::expect_used, reason = "helpers of tests")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use unfreed_tests::{
     books::{Books, field},
@@ -11,7 +11,7 @@ use unfreed_tests::{
     report::{Report, assert_consistent, sites_of},
     skip,
     target::{self, Run, Target},
-    unfreed::Unfreed,
+    unfreed::{Outcome, Unfreed},
 };
 
 const POOL: [&str; 16] = [
@@ -230,8 +230,20 @@ fn the_presets_of_real_libraries_are_exact() {
     assert_consistent(report);
 }
 
+/// Python with its own allocator's functions counted, after some work.
+fn python_report(python: &Path) -> Outcome {
+    let script = "import json\nx = [json.loads('{\"a\": [1, 2.5, \"b\"]}') for _ in range(2000)]\n\
+                  y = [object() for _ in range(5000)]\ndel x";
+    let command = [python.as_os_str(), "-c".as_ref(), script.as_ref()];
+    Unfreed::run(command)
+        .options(["--preset", "python"])
+        .finish()
+}
+
+/// Where the interpreter was optimized as a whole, its allocator's functions are inlined into others, and
+/// what was allocated or freed there is not seen.
 #[test]
-fn pythons_own_allocator_is_followed_without_a_miss() {
+fn pythons_own_allocator_is_followed_and_what_is_inlined_is_said_to_be_missed() {
     if !skip::is_root() {
         return;
     }
@@ -239,23 +251,41 @@ fn pythons_own_allocator_is_followed_without_a_miss() {
         return;
     };
     let _turn = machine::take();
-    let script = "import json\nx = [json.loads('{\"a\": [1, 2.5, \"b\"]}') for _ in range(2000)]\n\
-                  y = [object() for _ in range(5000)]\ndel x";
-    let command = [python.as_os_str(), "-c".as_ref(), script.as_ref()];
-    let outcome = Unfreed::run(command)
-        .options(["--preset", "python"])
-        .finish();
+    let outcome = python_report(&python);
     let report = outcome.report_with_code(0);
     // What starts it may be a script.
     let family = &report.processes().last().expect("a process")["families"][0];
     assert_eq!(family["name"], "python", "{report}");
-    assert!(field(&family["totals"], "allocs") > 20_000, "{family:#}");
-    assert!(
-        field(&family["totals"], "frees") * 10 > field(&family["totals"], "allocs") * 9,
-        "{family:#}"
-    );
-    report.assert_nothing_missed();
+    let totals = &family["totals"];
+    assert!(field(totals, "allocs") > 1000, "{family:#}");
     assert_consistent(report);
+    let frees_most = field(totals, "frees") * 10 > field(totals, "allocs") * 9;
+    let misses_some = !report.missed_events().is_empty() || report.untracked_frees() > 1000;
+    assert!(frees_most || misses_some, "{report}");
+}
+
+/// The way to see all of an optimized Python.
+#[test]
+fn python_without_its_own_allocator_is_all_in_the_heap() {
+    if !skip::is_root() {
+        return;
+    }
+    let Some(python) = skip::need_program("python3") else {
+        return;
+    };
+    let _turn = machine::take();
+    let command = [
+        "env".as_ref(),
+        "PYTHONMALLOC=malloc".as_ref(),
+        python.as_os_str(),
+        "-c".as_ref(),
+        "x = [object() for _ in range(50000)]".as_ref(),
+    ];
+    let outcome = Unfreed::run(command).finish();
+    let report = outcome.report_with_code(0);
+    let totals = &report.processes().last().expect("a process")["totals"];
+    assert!(field(totals, "allocs") > 50_000, "{report}");
+    report.assert_nothing_missed();
 }
 
 fn error_of(options: &[&str]) -> String {

@@ -22,7 +22,8 @@ Examples:
   unfreed attach nginx --duration 60    all processes of that name, for a minute
   unfreed attach --all                  every process of the host, and those that come
   unfreed run -- ./server --port 80     trace a program from its first allocation to its exit
-  unfreed doctor 4242                   what would be probed there, what it costs, is it safe";
+  unfreed doctor 4242                   what would be probed there, what it costs, is it safe
+  unfreed top                           which processes grow, and from where";
 
 const DEFAULT_MAX_LIVE: u32 = 1 << 20;
 const DEFAULT_MAX_SITES: u32 = 1 << 16;
@@ -101,6 +102,21 @@ Examples:
   unfreed attach 4242 --older 30000       only blocks that are older than half a minute
   unfreed attach 4242 --format json -o report.json --duration 60")]
     Attach(Attach),
+    /// Show which processes grow, how fast, and from where
+    #[command(after_help = "\
+Growth is that of memory which only the process can give back (anonymous and swapped out) over the
+last five minutes. Those that grow beyond reasonable doubt come first, by what they grow at least: a
+slow, steady leak is above what goes up and down. Nothing is attached; `unfreed attach PID` then
+finds the leak itself. On a terminal the arrow keys select a process, Enter attaches to it, q quits.
+With --format json one report is given, at the end.
+
+Examples:
+  unfreed top
+  unfreed top --once                      one table, after 10 seconds
+  unfreed top --once --duration 120 -n 3  two minutes: enough for a leak of 1 MB a minute
+  unfreed top --interval 60 | tee growth.txt
+  unfreed top --once --format json -o top.json")]
+    Top(Top),
     /// Check what this host can do, and what would be probed in a process
     #[command(after_help = "\
 Examples:
@@ -420,6 +436,36 @@ impl Attach {
         }
         all
     }
+}
+
+/// `unfreed top`.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Top {
+    /// Seconds between tables
+    #[arg(long, value_name = "S", default_value = "2", value_parser = seconds)]
+    pub interval: Duration,
+    /// Seconds after which it ends, with a last table that has the stacks in full
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub duration: Option<Duration>,
+    /// Give one table only, after 10 seconds or --duration
+    #[arg(long)]
+    pub once: bool,
+    /// Processes in a table
+    #[arg(short = 'n', long, value_name = "N", default_value = "10", value_parser = limit)]
+    pub limit: usize,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Write the report to FILE
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Look for separate debug files in DIR first, then in /usr/lib/debug (may be repeated)
+    #[arg(long, value_name = "DIR")]
+    pub debug_dir: Vec<PathBuf>,
+    /// Take functions of this name for allocation wrappers too, whose callers matter; `*` stands
+    /// for any text (may be repeated)
+    #[arg(long, value_name = "GLOB")]
+    pub wrapper: Vec<String>,
 }
 
 /// `unfreed doctor`.

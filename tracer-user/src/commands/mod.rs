@@ -4,6 +4,7 @@ pub mod attach;
 pub mod demo;
 pub mod doctor;
 pub mod run;
+pub mod top;
 
 use std::{fmt::Display, io::Write as _, process::ExitCode};
 
@@ -21,6 +22,7 @@ pub fn dispatch(args: &Args) -> ExitCode {
     let (result, failed) = match &args.command {
         Command::Run(args) => (run::run(args), RUN_FAILED),
         Command::Attach(args) => (attach::attach(args), 1),
+        Command::Top(args) => (top::top(args), 1),
         Command::Doctor(args) => (doctor::doctor(args), 1),
         Command::Demo(args) => (demo::demo(args), 1),
         Command::Symbolizer => (symbolizer(), 1),

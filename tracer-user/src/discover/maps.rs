@@ -150,7 +150,7 @@ fn hexadecimal(text: &[u8]) -> Option<u64> {
 }
 
 /// A path without the kernel's " (deleted)".
-pub(super) fn without_deleted_mark(path: &Path) -> PathBuf {
+pub(crate) fn without_deleted_mark(path: &Path) -> PathBuf {
     let bytes = path.as_os_str().as_bytes();
     let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
     PathBuf::from(OsStr::from_bytes(bytes))

@@ -171,7 +171,7 @@ fn open(pid: u32) -> anyhow::Result<ProcProcess> {
 }
 
 /// Whether a process runs the very program that we are.
-fn is_unfreed(pid: u32) -> bool {
+pub(crate) fn is_unfreed(pid: u32) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let identity = |path: String| {
         std::fs::metadata(path)

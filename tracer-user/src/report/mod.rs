@@ -4,9 +4,9 @@
 //! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
 
 mod programs;
-mod stack;
+pub(crate) mod stack;
 mod text;
-mod units;
+pub(crate) mod units;
 
 use std::{
     collections::BTreeMap,

@@ -1,21 +1,24 @@
 //! A stack as people read it: what is the same in every stack is folded, names are made harmless.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    io::{self, Write},
+};
 
 use super::Frame;
 use crate::{symbolize::demangle::brief, terminal::harmless};
 
 /// What is shown of a stack.
 #[derive(Debug)]
-pub(super) struct View<'a> {
+pub(crate) struct View<'a> {
     /// The allocation wrappers before the first frame, in short; none if nothing else is left.
-    pub(super) through: Option<String>,
+    pub(crate) through: Option<String>,
     /// The frames.
-    pub(super) frames: &'a [Frame],
+    pub(crate) frames: &'a [Frame],
 }
 
 impl<'a> View<'a> {
-    pub(super) fn of(stack: &'a [Frame]) -> Self {
+    pub(crate) fn of(stack: &'a [Frame]) -> Self {
         let wrappers = stack.iter().take_while(|frame| frame.wrapper).count();
         let function = |frame: &Frame| frame.function.clone().unwrap_or_default();
         // Rust's short backtraces end here too; what started the thread is the same in every program.
@@ -53,7 +56,7 @@ fn through(wrappers: &[Frame]) -> Option<String> {
 }
 
 /// A frame's name: its function, or else where it is in which file; never a bare address.
-pub(super) fn name(frame: &Frame) -> Cow<'_, str> {
+pub(crate) fn name(frame: &Frame) -> Cow<'_, str> {
     match (&frame.function, &frame.module, frame.offset) {
         (Some(function), ..) => harmless(function),
         (None, Some(module), Some(offset)) => format!("{}+{offset:#x}", harmless(module)).into(),
@@ -63,7 +66,7 @@ pub(super) fn name(frame: &Frame) -> Cow<'_, str> {
 }
 
 /// Where a frame is: the source line if it is known, else the module, or who that is.
-pub(super) fn place(frame: &Frame) -> String {
+pub(crate) fn place(frame: &Frame) -> String {
     const BUILD_ID_DIGITS: usize = 8;
     let inlined = if frame.inlined { " (inlined)" } else { "" };
     match (&frame.file, frame.line, &frame.function) {
@@ -83,8 +86,32 @@ pub(super) fn place(frame: &Frame) -> String {
     }
 }
 
+/// Before the first frame of the program's own code.
+pub(crate) const OWN: char = '→';
+
+/// The frames, one a line.
+pub(crate) fn write_frames(stack: &[Frame], to: &mut dyn Write) -> io::Result<()> {
+    let view = View::of(stack);
+    if let Some(through) = view.through {
+        writeln!(to, "       (through {through})")?;
+    }
+    let width = view
+        .frames
+        .iter()
+        .map(|frame| name(frame).chars().count())
+        .max()
+        .unwrap_or(0)
+        .min(44);
+    for frame in view.frames {
+        let mark = if frame.own { OWN } else { ' ' };
+        let line = format!("     {mark} {:<width$}  {}", name(frame), place(frame));
+        writeln!(to, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
 /// The innermost frames on one line.
-pub(super) fn callers(stack: &[Frame]) -> String {
+pub(crate) fn callers(stack: &[Frame]) -> String {
     const COLUMNS: usize = 80;
     let mut line = String::new();
     for (index, frame) in View::of(stack).frames.iter().enumerate() {

@@ -6,13 +6,10 @@ use tracer_common::missed::Missed;
 
 use super::{
     Exit, FamilyReport, ProcessReport, ProgramReport, Report, SiteReport, Totals,
-    stack::{View, callers, name, place},
+    stack::{OWN, callers, write_frames},
     units::{bytes, count, counted, duration},
 };
 use crate::{stacks::StackQuality, terminal::harmless};
-
-/// Before the first frame of the program's own code.
-const OWN: char = '→';
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -504,22 +501,7 @@ fn write_site(
             count(site.frees),
         )?;
     }
-    let view = View::of(&site.stack);
-    if let Some(through) = view.through {
-        writeln!(to, "       (through {through})")?;
-    }
-    let width = view
-        .frames
-        .iter()
-        .map(|frame| name(frame).chars().count())
-        .max()
-        .unwrap_or(0)
-        .min(44);
-    for frame in view.frames {
-        let mark = if frame.own { OWN } else { ' ' };
-        let line = format!("     {mark} {:<width$}  {}", name(frame), place(frame));
-        writeln!(to, "{}", line.trim_end())?;
-    }
+    write_frames(&site.stack, to)?;
     if site.stack.is_empty() {
         writeln!(to, "       (stacks that found no room in the site table)")?;
     }

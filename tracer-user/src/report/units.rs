@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// `1,234,567`.
-pub(super) fn count(number: u64) -> String {
+pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut grouped = String::with_capacity(digits.len() * 4 / 3);
     for (position, digit) in digits.chars().enumerate() {
@@ -16,7 +16,7 @@ pub(super) fn count(number: u64) -> String {
 }
 
 /// `1 block`, `2 blocks`.
-pub(super) fn counted(number: u64, noun: &str) -> String {
+pub(crate) fn counted(number: u64, noun: &str) -> String {
     let ending = match number {
         1 => "",
         _ if noun.ends_with('s') => "es",
@@ -26,7 +26,7 @@ pub(super) fn counted(number: u64, noun: &str) -> String {
 }
 
 /// `512 B`, `1.5 KiB`, `3.0 GiB`.
-pub(super) fn bytes(number: u64) -> String {
+pub(crate) fn bytes(number: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if number < 1024 {
         return format!("{number} B");
@@ -41,7 +41,7 @@ pub(super) fn bytes(number: u64) -> String {
 }
 
 /// `51 ms`, `0.25 s`, `12.3 s`, `5 min 12 s`, `3 h 7 min`.
-pub(super) fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     let whole = Duration::try_from_secs_f64(seconds.max(0.0))
         .unwrap_or_default()
         .as_secs();

@@ -85,6 +85,12 @@ pub struct Copy<'record> {
 }
 
 impl<'record> Copy<'record> {
+    /// A stack that came another way.
+    #[must_use]
+    pub const fn new(registers: Registers, stack: StackCopy<'record>) -> Self {
+        Self { registers, stack }
+    }
+
     /// Reads a [`StackCopyEvent`].
     #[must_use]
     pub fn parse(record: &'record [u8]) -> Option<Self> {
