@@ -259,7 +259,8 @@ fn overflow_site(state: &Instance, scope: Scope) -> u32 {
     match SITE_IDS.get_ptr(key) {
         // SAFETY: a live map element that is never changed.
         Some(id) => unsafe { *id },
-        None => state.overflow_site,
+        // The instance was opened on this side.
+        None => reserve_site(instance_of(scope), family_of(scope)).unwrap_or(state.overflow_site),
     }
 }
 

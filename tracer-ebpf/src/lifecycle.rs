@@ -90,10 +90,6 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         missed::count(Missed::InstancesFull);
         return None;
     };
-    for family in 1..=CONFIG.load().families {
-        // If there is none, what would go there goes to the heap's.
-        let _ = ledger::reserve_site(instance, family as Family);
-    }
     let state = INSTANCES.get_ptr_mut(instance)?;
     // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
     // side closes, after this process was told of.
