@@ -42,6 +42,21 @@ pub enum Success {
     Always = 3,
 }
 
+/// What a function does with ranges of memory.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RangeCall {
+    /// `mmap`: the size register holds the length.
+    #[default]
+    Map = 0,
+    /// `munmap`: of the pointer register's address, and a length.
+    Unmap = 1,
+    /// `mremap`: likewise, and the count register holds the new length.
+    Remap = 2,
+    /// `brk`, `sbrk`: the kernel knows what came of it.
+    Break = 3,
+}
+
 /// A family's number: functions that give and take back the same kind of thing. Each has a ledger of
 /// its own, as a `FILE` is also a block of `malloc` at the same address.
 pub type Family = u8;
@@ -52,7 +67,8 @@ pub const HEAP: Family = 0;
 /// Registers and conventions of one probed function, *at its probe point*.
 ///
 /// Encoded into the 64-bit attach cookie: four 5-bit register numbers from bit 0 (size, count,
-/// pointer, out-pointer), the result kind at bit 20, success at bit 23, the family at bit 32.
+/// pointer, out-pointer), the result kind at bit 20, success at bit 23, what is done with ranges at
+/// bit 25, the family at bit 32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocSpec {
     /// Register holding the size in bytes.
@@ -69,6 +85,8 @@ pub struct AllocSpec {
     pub success: Success,
     /// What the block belongs to.
     pub family: Family,
+    /// What it does, if its family is that of the mappings.
+    pub range_call: RangeCall,
 }
 
 const REGISTER_BITS: u32 = 5;
@@ -77,6 +95,8 @@ const RESULT_SHIFT: u32 = 20;
 const RESULT_MASK: u64 = 7;
 const SUCCESS_SHIFT: u32 = 23;
 const SUCCESS_MASK: u64 = 3;
+const RANGE_CALL_SHIFT: u32 = 25;
+const RANGE_CALL_MASK: u64 = 3;
 const FAMILY_SHIFT: u32 = 32;
 
 impl AllocSpec {
@@ -89,6 +109,7 @@ impl AllocSpec {
         result: ResultKind::Pointer,
         success: Success::Zero,
         family: HEAP,
+        range_call: RangeCall::Map,
     };
 
     /// The attach cookie.
@@ -100,6 +121,7 @@ impl AllocSpec {
             | (self.out_pointer as u64) << (3 * REGISTER_BITS)
             | (self.result as u64) << RESULT_SHIFT
             | (self.success as u64) << SUCCESS_SHIFT
+            | (self.range_call as u64) << RANGE_CALL_SHIFT
             | (self.family as u64) << FAMILY_SHIFT
     }
 }
@@ -156,6 +178,13 @@ impl Cookie {
             || success == Success::Always as u64
     }
 
+    /// Whether it does this with ranges of memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn does(self, call: RangeCall) -> bool {
+        self.0 >> RANGE_CALL_SHIFT & RANGE_CALL_MASK == call as u64
+    }
+
     /// What the block belongs to.
     #[inline(always)]
     #[must_use]
@@ -178,6 +207,7 @@ mod tests {
             result: ResultKind::OutPointer,
             success: Success::Always,
             family: 255,
+            range_call: RangeCall::Remap,
         };
         let cookie = Cookie(spec.to_cookie());
         assert_eq!(

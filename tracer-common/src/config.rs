@@ -59,8 +59,8 @@ pub struct Config {
     pub return_instance_address: u32,
     /// `return_instance.next`.
     pub return_instance_next: u32,
-    /// Makes the next field aligned.
-    pub padding: u32,
+    /// `mm_struct.brk`: the end of the heap segment.
+    pub mm_brk: u32,
     /// Whose programs become instances when they are executed.
     pub starts: Starts,
 }

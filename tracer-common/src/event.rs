@@ -34,6 +34,8 @@ pub enum EventKind {
     /// A process executed a program: it is an instance of its own, and records what is probed already;
     /// a [`StartedEvent`].
     Started = 9,
+    /// A program maps or unmaps memory: a [`RangeEvent`].
+    Range = 10,
 }
 
 /// Why a stack walk ended.
@@ -106,6 +108,53 @@ pub struct StartedEvent {
 
 const _: () = assert!(size_of::<StartedEvent>() == 32);
 pod!(StartedEvent);
+
+/// A step of a call that maps or unmaps memory. What a call takes is told before the kernel does it,
+/// because another thread may be given the same addresses the moment that it is done.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeEvent {
+    /// Kind [`EventKind::Range`]; `detail` is the site's id if a range is given, else 0.
+    pub header: EventHeader,
+    /// The range's first address.
+    pub address: u64,
+    /// Its length in bytes: whole pages, but for what `brk` gives.
+    pub length_bytes: u64,
+    /// A [`RangeStep`].
+    pub step: u32,
+    /// The thread.
+    pub tid: u32,
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    pub at_ns: u64,
+}
+
+const _: () = assert!(size_of::<RangeEvent>() == 48);
+pod!(RangeEvent);
+
+/// What a [`RangeEvent`] says.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeStep {
+    /// The range is about to be unmapped.
+    Taken = 0,
+    /// The call succeeded; the range is mapped, unless it is empty, in place of what was there.
+    Given = 1,
+    /// The call failed: what it took is as it was.
+    Failed = 2,
+}
+
+impl RangeStep {
+    /// By its number.
+    #[must_use]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        Some(match number {
+            0 => Self::Taken,
+            1 => Self::Given,
+            2 => Self::Failed,
+            _ => return None,
+        })
+    }
+}
 
 /// The frames of a new site. Only `depth` of them are sent.
 #[repr(C)]

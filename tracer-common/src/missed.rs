@@ -44,6 +44,9 @@ missed_events! {
     /// A new stack's frames found no room in the ring buffer; they are sent again at the next allocation.
     StacksDelayed = "stacks_delayed":
         "times a new stack could not be handed over at once; it was tried again at its next allocation",
+    /// A step of a call that maps memory found no room in the ring buffer.
+    RangesDropped = "ranges_dropped":
+        "mappings that were made or taken back could not be handed over: figures of mappings are off",
     /// No room for a thread's pending call.
     PendingFull = "pending_full":
         "allocations were not recorded because too many threads were inside an allocator",

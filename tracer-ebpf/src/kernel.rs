@@ -112,6 +112,14 @@ pub(crate) fn replaced_return_address(place: u64) -> Option<u64> {
     None
 }
 
+/// End of the current process's heap segment, which `brk` and `sbrk` move.
+#[inline(always)]
+pub(crate) fn program_break() -> Option<u64> {
+    let config = CONFIG.load();
+    let mm: u64 = read_kernel(current_task() + u64::from(config.task_mm))?;
+    read_kernel(mm + u64::from(config.mm_brk))
+}
+
 /// Where the kernel mapped the return trampoline of the current process: what it puts in place of
 /// the return address of a return-probed call.
 #[inline(always)]

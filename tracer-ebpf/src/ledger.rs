@@ -216,7 +216,7 @@ fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
 
 /// Id of the site that the thread is at.
 #[inline(always)]
-fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u32 {
+pub(crate) fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u32 {
     let Some(stack) = Stack::capture(regs, state) else {
         missed::count(Missed::ScratchBusy);
         return overflow_site(state, scope);

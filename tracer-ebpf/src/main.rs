@@ -3,7 +3,7 @@
 //! One allocation, followed: [`probes`] reads the arguments (`alloc_enter`) and the result
 //! (`alloc_exit`) of an allocator call as its attach cookie says, [`pending`] carries what is
 //! known in between, [`last_freed`] what frees inside frees are known by, [`stack`] finds out who called by the tables that [`unwind`] reads, [`ledger`]
-//! keeps the books. [`lifecycle`]
+//! keeps the books. [`ranges`] tells of mappings. [`lifecycle`]
 //! opens and closes process instances, and [`missed`] counts what could not be seen.
 
 #![no_std]
@@ -28,6 +28,7 @@ mod measure;
 mod missed;
 mod pending;
 mod probes;
+mod ranges;
 mod registers;
 mod stack;
 mod unwind;

@@ -47,7 +47,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_stack: 0,
     return_instance_address: 0,
     return_instance_next: 0,
-    padding: 0,
+    mm_brk: 0,
     starts: Starts {
         any: 0,
         by_user: 0,

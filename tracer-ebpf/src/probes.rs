@@ -36,7 +36,7 @@ pub(crate) fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
 }
 
 #[inline(always)]
-fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
+pub(crate) fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
     // SAFETY: the program's own context.
     Cookie(unsafe { bpf_get_attach_cookie(ctx) })
 }

@@ -223,6 +223,10 @@ pub struct TraceOptions {
     /// Keep unwind tables in DIR, so that they need not be built again; can be deleted at any time
     #[arg(long, value_name = "DIR", default_value = DEFAULT_CACHE_DIR)]
     pub cache_dir: PathBuf,
+    /// Count what the program maps itself too: mmap, munmap, mremap, brk and sbrk, but not what the
+    /// allocator calls them for (with --no-heap, that too)
+    #[arg(long)]
+    pub mappings: bool,
     /// Trace what the processes fork and execute too
     #[arg(long)]
     pub follow: bool,
@@ -255,6 +259,7 @@ impl Default for TraceOptions {
             max_sites: DEFAULT_MAX_SITES,
             max_live_per_process: None,
             max_sites_per_process: None,
+            mappings: false,
             follow: false,
             force: false,
             perf_links: false,
@@ -270,11 +275,15 @@ impl Default for TraceOptions {
 impl TraceOptions {
     /// Every function that the user named.
     pub fn all_definitions(&self) -> anyhow::Result<Definitions> {
-        let all = Definitions::collect(&self.pairs.given, &self.definitions, &self.preset)?;
+        let mut all = Definitions::collect(&self.pairs.given, &self.definitions, &self.preset)?;
         anyhow::ensure!(
-            !self.no_heap || !all.is_empty(),
-            "with --no-heap there is nothing to probe: define something (--alloc-fn, --preset)"
+            !self.no_heap || !all.is_empty() || self.mappings,
+            "with --no-heap there is nothing to probe: define something (--alloc-fn, --preset, \
+             --mappings)"
         );
+        if self.mappings {
+            all.add_mappings()?;
+        }
         Ok(all)
     }
 }

@@ -88,7 +88,7 @@ impl Attachments {
         functions: &[&Function],
         measure: Option<Measure>,
     ) -> anyhow::Result<Vec<Link>> {
-        let points = |wanted: fn(Call) -> bool| -> Vec<Point> {
+        let points = |wanted: &dyn Fn(Call) -> bool| -> Vec<Point> {
             functions
                 .iter()
                 .filter(|function| wanted(function.call))
@@ -100,13 +100,17 @@ impl Attachments {
         };
         // In the order in which they have to stand: a block is recorded only once its end would be
         // seen, as the process may be running and recorded for its other allocators.
-        let mut allocating = points(|call| call.returns() && call.gives_up_a_block());
-        allocating.extend(points(|call| call.returns() && !call.gives_up_a_block()));
+        let is_alloc = |call: Call| matches!(call, Call::Alloc(_));
+        let mut allocating = points(&|call| is_alloc(call) && call.gives_up_a_block());
+        allocating.extend(points(&|call| is_alloc(call) && !call.gives_up_a_block()));
+        let mapping = points(&|call| matches!(call, Call::Range(_)));
         let programs = [
-            (ProbeProgram::JumpEnter, points(|call| call == Call::Jump)),
-            (ProbeProgram::FreeEnter, points(Call::frees)),
+            (ProbeProgram::JumpEnter, points(&|call| call == Call::Jump)),
+            (ProbeProgram::FreeEnter, points(&Call::frees)),
             (ProbeProgram::AllocExit, allocating.clone()),
             (ProbeProgram::AllocEnter, allocating),
+            (ProbeProgram::RangeExit, mapping.clone()),
+            (ProbeProgram::RangeEnter, mapping),
         ]
         .map(|(program, points)| {
             let program = measure.map_or(program, |measure| program.measuring(measure));

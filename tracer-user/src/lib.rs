@@ -22,6 +22,7 @@ pub mod host;
 pub mod page_faults;
 pub mod preflight;
 pub mod probe_point;
+pub mod ranges;
 pub mod report;
 pub mod session;
 pub mod signals;

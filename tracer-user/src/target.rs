@@ -26,6 +26,7 @@ use crate::{
     },
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
+    ranges::Ranges,
     report::Exit,
     stacks::Stack,
     summary::Ages,
@@ -84,6 +85,8 @@ pub struct Target {
     pub peak_live_bytes: u64,
     /// Whether it is recorded from its first instruction on, by all probes that it hits.
     pub from_start: bool,
+    /// What it has mapped itself, if that is counted.
+    pub ranges: Ranges,
     /// Whether its end was told.
     pub is_told: bool,
     /// What it did, once it has ended and its place is another's.
@@ -135,7 +138,7 @@ impl Wanted {
     ) -> Vec<&'a Function> {
         let has_heap = !self.no_heap && self.only.as_ref().is_none_or(|only| is_named(path, only));
         let is_wanted = |function: &&Function| match function.definitions.as_slice() {
-            [] => has_heap && function.family == HEAP,
+            [] => function.family != HEAP || has_heap,
             indexes => indexes
                 .iter()
                 .any(|index| definitions.functions()[*index].is_in(path)),
@@ -173,6 +176,7 @@ impl Target {
             main_thread_exited: false,
             peak_live_bytes: 0,
             from_start: false,
+            ranges: Ranges::default(),
             is_told: false,
             closed: None,
             is_unpublished: true,

@@ -28,6 +28,7 @@ pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
     config.signal_flags = offset(&btf, "signal_struct", &["flags"])?;
     config.task_mm = offset(&btf, "task_struct", &["mm"])?;
     config.mm_xol_area = offset(&btf, "mm_struct", &["uprobes_state", "xol_area"])?;
+    config.mm_brk = offset(&btf, "mm_struct", &["brk"])?;
     config.xol_area_vaddr = offset(&btf, "xol_area", &["vaddr"])?;
     // Only stacks through calls of functions that the user named need them.
     if let Err(error) = return_addresses(&btf, config) {

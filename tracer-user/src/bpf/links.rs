@@ -27,6 +27,10 @@ pub enum ProbeProgram {
     FreeEnter,
     /// At functions that abandon calls.
     JumpEnter,
+    /// At functions that map or unmap memory.
+    RangeEnter,
+    /// At their return.
+    RangeExit,
     /// At the dynamic loader's `_dl_debug_state`.
     LoaderReport,
     /// At an entry, doing nothing: to measure what a probe costs.
@@ -51,11 +55,13 @@ pub enum Measure {
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::AllocEnter,
         Self::AllocExit,
         Self::FreeEnter,
         Self::JumpEnter,
+        Self::RangeEnter,
+        Self::RangeExit,
         Self::LoaderReport,
         Self::NothingEnter,
         Self::NothingExit,
@@ -71,6 +77,8 @@ impl ProbeProgram {
             Self::AllocExit => "alloc_exit",
             Self::FreeEnter => "free_enter",
             Self::JumpEnter => "jump_enter",
+            Self::RangeEnter => "range_enter",
+            Self::RangeExit => "range_exit",
             Self::LoaderReport => "loader_report",
             Self::NothingEnter => "nothing_enter",
             Self::NothingExit => "nothing_exit",
@@ -93,7 +101,11 @@ impl ProbeProgram {
     const fn is_return(self) -> bool {
         matches!(
             self,
-            Self::AllocExit | Self::NothingExit | Self::WalkExit | Self::KernelWalkExit
+            Self::AllocExit
+                | Self::RangeExit
+                | Self::NothingExit
+                | Self::WalkExit
+                | Self::KernelWalkExit
         )
     }
 }

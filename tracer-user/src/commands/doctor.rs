@@ -198,7 +198,8 @@ impl Does {
         match call {
             Call::Alloc(_) => Self::Allocate,
             Call::Free { .. } => Self::Free,
-            Call::Jump => Self::Jump,
+            // None is looked for here.
+            Call::Range(_) | Call::Jump => Self::Jump,
         }
     }
 }

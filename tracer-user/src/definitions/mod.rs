@@ -31,6 +31,8 @@ pub struct Definitions {
     families: Vec<Family>,
     functions: Vec<Definition>,
     by_name: HashMap<String, Vec<usize>>,
+    /// Number of the family of mappings, if they are counted.
+    mappings: Option<alloc_spec::Family>,
 }
 
 /// Functions that give and take back the same kind of thing.
@@ -240,6 +242,27 @@ impl Definitions {
             ensure!(!family.name.is_empty(), "a family has no name");
         }
         Ok(())
+    }
+
+    /// Has mappings be a family too.
+    pub fn add_mappings(&mut self) -> anyhow::Result<()> {
+        const NAME: &str = "mapping";
+        ensure!(
+            !self.families.iter().any(|family| family.name == NAME),
+            "with --mappings, {NAME} is the name of what is mapped: call your family otherwise"
+        );
+        let number = self.number_of(NAME, &Source::CommandLine)?;
+        if let Some(family) = self.family_mut(number) {
+            family.has_sizes = true;
+        }
+        self.mappings = Some(number);
+        Ok(())
+    }
+
+    /// Number of the family of mappings, if they are counted.
+    #[must_use]
+    pub const fn mappings(&self) -> Option<alloc_spec::Family> {
+        self.mappings
     }
 
     /// Whether there are none.

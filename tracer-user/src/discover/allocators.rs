@@ -1,6 +1,6 @@
 //! The allocators' functions: their names, and how each is called.
 
-use tracer_common::alloc_spec::Success;
+use tracer_common::alloc_spec::{RangeCall, Success};
 
 /// A function of an allocator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +38,23 @@ pub enum Call {
         /// The block.
         pointer: u8,
     },
+    /// Maps or unmaps memory.
+    Range(RangeCall),
     /// Leaves for another place of the stack, or another stack: what was called in between never
     /// returns.
     Jump,
+}
+
+/// Functions that map and unmap memory, of the C library.
+#[must_use]
+pub fn range_call(name: &str) -> Option<RangeCall> {
+    Some(match name {
+        "mmap" | "mmap64" => RangeCall::Map,
+        "munmap" => RangeCall::Unmap,
+        "mremap" => RangeCall::Remap,
+        "brk" | "sbrk" => RangeCall::Break,
+        _ => return None,
+    })
 }
 
 /// How a function allocates.
@@ -97,7 +111,10 @@ impl Call {
                     .collect()
             }
             Self::Free { pointer } => vec![pointer],
-            Self::Jump => Vec::new(),
+            Self::Range(RangeCall::Map) => vec![1],
+            Self::Range(RangeCall::Unmap) => vec![0, 1],
+            Self::Range(RangeCall::Remap) => vec![0, 1, 2],
+            Self::Range(RangeCall::Break) | Self::Jump => Vec::new(),
         }
     }
 
@@ -113,7 +130,7 @@ impl Call {
     /// Whether the result matters, so that a return probe is needed.
     #[must_use]
     pub const fn returns(self) -> bool {
-        matches!(self, Self::Alloc(_))
+        matches!(self, Self::Alloc(_) | Self::Range(_))
     }
 
     /// Whether it frees.

@@ -59,6 +59,7 @@ impl Callee {
         match allocators::by_name(name, prefix)?.signature.call {
             Call::Alloc(_) => Some(Self::Allocates),
             Call::Free { .. } => Some(Self::Frees),
+            Call::Range(_) => None,
             Call::Jump => Some(Self::NeverReturns),
         }
     }
@@ -99,7 +100,7 @@ impl<'a, 'd> Calls<'a, 'd> {
         let wanted = match call {
             Call::Alloc(_) => Callee::Allocates,
             Call::Free { .. } => Callee::Frees,
-            Call::Jump => return false,
+            Call::Range(_) | Call::Jump => return false,
         };
         let mut budget = MAX_INSTRUCTIONS;
         self.lead_there(address, wanted, 0, &mut budget)

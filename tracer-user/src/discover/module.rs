@@ -14,7 +14,7 @@ use object::{
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
-use tracer_common::alloc_spec::{AllocSpec, Family, HEAP, NO_REGISTER, ResultKind};
+use tracer_common::alloc_spec::{AllocSpec, Family, HEAP, NO_REGISTER, RangeCall, ResultKind};
 
 use super::{
     allocators::{self, Call, Gives, Kind},
@@ -138,6 +138,20 @@ impl Function {
                 }
             }
             Call::Free { pointer } => spec.pointer = register(pointer),
+            Call::Range(call) => {
+                spec.range_call = call;
+                match call {
+                    RangeCall::Map => spec.size = register(1),
+                    RangeCall::Unmap | RangeCall::Remap => {
+                        spec.pointer = register(0);
+                        spec.size = register(1);
+                        if call == RangeCall::Remap {
+                            spec.count = register(2);
+                        }
+                    }
+                    RangeCall::Break => {}
+                }
+            }
             Call::Jump => {}
         }
         spec
@@ -219,7 +233,7 @@ impl Module {
     pub fn allocator_functions(&self) -> usize {
         self.functions
             .iter()
-            .filter(|function| function.call != Call::Jump)
+            .filter(|function| !matches!(function.call, Call::Jump | Call::Range(_)))
             .count()
     }
 }
@@ -329,6 +343,18 @@ fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions
                 throws: kind == Kind::Above { throws: true },
             };
             add(HEAP, None, new);
+        }
+        let range_call = allocators::range_call(name).filter(|_| raw.st_bind() != STB_LOCAL);
+        if let (Some(family), Some(call)) = (search.definitions.mappings(), range_call) {
+            let new = Found {
+                names: Vec::new(),
+                call: Call::Range(call),
+                size: symbol.size(),
+                definitions: Vec::new(),
+                may_forward: false,
+                throws: false,
+            };
+            add(family, None, new);
         }
         for (index, definition) in search.definitions.named(name) {
             let new = Found {

@@ -6,6 +6,7 @@ use super::Session;
 use crate::{
     bpf::{links, tracer::monotonic_ns},
     discover::process::Process,
+    ranges::Ranges,
     summary::Ages,
     target::{Closed, End},
 };
@@ -104,6 +105,11 @@ impl Session {
                 }
             }
         }
+        for target in self.targets.iter().filter(|target| target.closed.is_none()) {
+            if let Some(end_ns) = ended.get(&target.instance) {
+                target.ranges.add_ages(&mut ages, *end_ns, minimum_age_ns);
+            }
+        }
         for target in &mut self.targets {
             if target.closed.is_some() || !ended.contains_key(&target.instance) {
                 continue;
@@ -121,6 +127,7 @@ impl Session {
                 sites,
             }));
             target.forget_code(&mut self.tracer);
+            target.ranges = Ranges::default();
             self.by_instance.remove(&target.instance);
         }
         self.tracer.recycle(&instances)

@@ -1,15 +1,16 @@
 //! What the kernel side says, as it happens.
 
-use std::collections::hash_map::Entry;
+use std::{collections::hash_map::Entry, mem::offset_of};
 
 use anyhow::Context as _;
 use tracer_common::event::{
-    EventHeader, EventKind, STACK_EVENT_PREFIX_BYTES, StackEnd, StartedEvent,
+    EventHeader, EventKind, RangeEvent, RangeStep, STACK_EVENT_PREFIX_BYTES, StackEnd, StartedEvent,
 };
 
 use super::Session;
 use crate::{
     discover::{labels::Labels, process::Process},
+    ranges::Step,
     report::Exit,
     stacks::Stack,
     target::{End, Target},
@@ -106,6 +107,10 @@ impl Session {
                 if let Some(check) = stack_check {
                     check.expect(header.detail, addresses, end);
                 }
+            }
+        } else if is(EventKind::Range) {
+            if let Some(step) = range_step(header, record) {
+                target.ranges.take(&step);
             }
         } else if is(EventKind::Mapped) {
             target.look_at_code(tracer, files);
@@ -214,6 +219,20 @@ fn header(record: &[u8]) -> Option<EventHeader> {
         tgid: word(4)?,
         instance: word(8)?,
         detail: word(12)?,
+    })
+}
+
+/// A [`RangeEvent`].
+fn range_step(header: EventHeader, record: &[u8]) -> Option<Step> {
+    let long = |at: usize| Some(u64::from_ne_bytes(record.get(at..at + 8)?.try_into().ok()?));
+    let word = |at: usize| Some(u32::from_ne_bytes(record.get(at..at + 4)?.try_into().ok()?));
+    Some(Step {
+        step: RangeStep::from_number(word(offset_of!(RangeEvent, step))?)?,
+        tid: word(offset_of!(RangeEvent, tid))?,
+        address: long(offset_of!(RangeEvent, address))?,
+        length_bytes: long(offset_of!(RangeEvent, length_bytes))?,
+        site: header.detail,
+        at_ns: long(offset_of!(RangeEvent, at_ns))?,
     })
 }
 

@@ -473,6 +473,9 @@ impl Session {
                 target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
             }
         }
+        for target in &mut self.targets {
+            target.ranges.forget_gone();
+        }
         self.close_ended()?;
         self.drop_unused_tables();
         Ok(())
@@ -508,6 +511,15 @@ impl Session {
                     .push((id, site));
             }
         }
+        if let Some(family) = self.definitions.mappings() {
+            for target in self.targets.iter().filter(|target| target.closed.is_none()) {
+                let sites = target.ranges.sites(target.instance, family);
+                by_instance
+                    .entry(target.instance)
+                    .or_default()
+                    .extend(sites);
+            }
+        }
         by_instance
     }
 
@@ -529,6 +541,10 @@ impl Session {
                     .add(&block, *end_ns, minimum_age_ns);
             }
         })?;
+        for target in self.targets.iter().filter(|target| target.closed.is_none()) {
+            let now_ns = target.end_ns.unwrap_or(now_ns);
+            target.ranges.add_ages(&mut by_site, now_ns, minimum_age_ns);
+        }
         Ok(by_site)
     }
 

@@ -125,11 +125,15 @@ const CHOSEN: &[Chosen] = &[
         "lifecycle",
         &["an_instance_stays_open_when_the_main_thread_leaves"],
     ),
+    tests("options", &["two_sessions_on_one_process_see_the_same"]),
     tests(
         "pairs",
         &["pools_handles_and_the_heap_below_them_are_exact_each"],
     ),
-    tests("options", &["two_sessions_on_one_process_see_the_same"]),
+    tests(
+        "ranges",
+        &["mappings_are_counted_in_pieces_and_the_allocators_own_are_not"],
+    ),
     tests(
         "replaced",
         &[

@@ -1,0 +1,164 @@
+//! The programs on functions that map and unmap memory. The books of ranges are kept by the user side:
+//! there are few calls, and part of a range can be unmapped.
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::pt_regs,
+    helpers::generated::bpf_ktime_get_ns,
+    macros::{uprobe, uretprobe},
+    programs::{ProbeContext, RetProbeContext},
+};
+use tracer_common::{
+    alloc_spec::{Cookie, HEAP, RangeCall},
+    event::{EventHeader, EventKind, RangeEvent, RangeStep},
+    instance::ARMED,
+    missed::Missed,
+};
+
+use crate::{
+    kernel, ledger,
+    maps::{EVENTS, INSTANCES, PENDING},
+    missed,
+    pending::{self, Pending, thread_key},
+    probes::{armed_instance, cookie, pid_tgid, refuse_private_stack},
+    registers::Registers,
+};
+
+/// Results from here on are errors.
+const LEAST_ERROR: u64 = -4095_i64 as u64;
+
+#[inline(always)]
+fn tell(step: RangeStep, pending: &Pending, site: u32, address: u64, length_bytes: u64) {
+    let pid_tgid = pid_tgid();
+    let event = RangeEvent {
+        header: EventHeader {
+            kind: EventKind::Range as u32,
+            tgid: (pid_tgid >> 32) as u32,
+            instance: pending.instance,
+            detail: site,
+        },
+        address,
+        length_bytes,
+        step: step as u32,
+        tid: pid_tgid as u32,
+        // SAFETY: no argument.
+        at_ns: unsafe { bpf_ktime_get_ns() },
+    };
+    if EVENTS.output::<RangeEvent>(event, 0).is_err() {
+        missed::count(Missed::RangesDropped);
+    }
+}
+
+/// A length in whole pages, as the kernel takes it.
+#[inline(always)]
+fn whole_pages(bytes: u64) -> u64 {
+    const PAGE_BYTES: u64 = 4096;
+    bytes.wrapping_add(PAGE_BYTES - 1) & !(PAGE_BYTES - 1)
+}
+
+/// Entry of a function that maps or unmaps memory.
+#[uprobe]
+pub(crate) fn range_enter(ctx: ProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
+    enter(&ctx);
+    0
+}
+
+#[inline(always)]
+fn enter(ctx: &ProbeContext) -> Option<()> {
+    let pid_tgid = pid_tgid();
+    let (instance, _) = armed_instance(pid_tgid)?;
+    let regs: *const pt_regs = ctx.regs;
+    // SAFETY: the program's own context.
+    let stack_pointer = unsafe { (*regs).rsp };
+    if let Some(heap) = PENDING.get_ptr_mut(thread_key(pid_tgid, HEAP)) {
+        // SAFETY: a live map element that only this thread uses.
+        let heap = unsafe { &*heap };
+        if heap.return_slot != 0 && pending::is_nested(heap, stack_pointer) {
+            // The allocator's own business.
+            return None;
+        }
+    }
+    let cookie = cookie(ctx.as_ptr());
+    // SAFETY: a live map element that only this thread uses.
+    let pending = unsafe { &mut *pending::of_thread(thread_key(pid_tgid, cookie.family()))? };
+    if pending.return_slot != 0 {
+        if pending.instance == instance && pending::is_nested(pending, stack_pointer) {
+            return None;
+        }
+        missed::count(Missed::AbandonedCalls);
+        tell(RangeStep::Failed, pending, 0, 0, 0);
+    }
+    let registers = Registers::of(regs);
+    pending.cookie = cookie.0;
+    pending.size_bytes = whole_pages(registers.get(cookie.size()));
+    pending.out_pointer = whole_pages(registers.get(cookie.count()));
+    pending.old_address = registers.get(cookie.pointer());
+    pending.old_taken = 0;
+    pending.instance = instance;
+    pending.jumped = 0;
+    if cookie.does(RangeCall::Break) {
+        pending.old_address = kernel::program_break()?;
+    } else if !cookie.does(RangeCall::Map) {
+        tell(
+            RangeStep::Taken,
+            pending,
+            0,
+            pending.old_address,
+            pending.size_bytes,
+        );
+    }
+    pending.return_slot = stack_pointer;
+    Some(())
+}
+
+/// Return of such a function.
+#[uretprobe]
+pub(crate) fn range_exit(ctx: RetProbeContext) -> u32 {
+    refuse_private_stack(&ctx);
+    exit(&ctx);
+    0
+}
+
+#[inline(always)]
+fn exit(ctx: &RetProbeContext) -> Option<()> {
+    let thread_key = thread_key(pid_tgid(), cookie(ctx.as_ptr()).family());
+    let pending = PENDING.get_ptr_mut(thread_key)?;
+    // SAFETY: a live map element that only this thread uses.
+    let pending = unsafe { &mut *pending };
+    let regs: *const pt_regs = ctx.regs;
+    // SAFETY: the program's own context.
+    let (stack_pointer, result) = unsafe { ((*regs).rsp, (*regs).rax) };
+    // `ret` has taken the return address. Else a nested call returns, which is its caller's affair.
+    if pending.return_slot == 0 || stack_pointer.wrapping_sub(8) != pending.return_slot {
+        return None;
+    }
+    pending.return_slot = 0;
+    let state = INSTANCES.get_ptr_mut(pending.instance)?;
+    // SAFETY: a live map element.
+    let state = unsafe { &*state };
+    if state.flags & ARMED == 0 || result >= LEAST_ERROR {
+        tell(RangeStep::Failed, pending, 0, 0, 0);
+        return None;
+    }
+    let cookie = Cookie(pending.cookie);
+    let (mut address, mut length) = (0, 0);
+    if cookie.does(RangeCall::Map) {
+        (address, length) = (result, pending.size_bytes);
+    } else if cookie.does(RangeCall::Remap) {
+        (address, length) = (result, pending.out_pointer);
+    } else if cookie.does(RangeCall::Break) {
+        let (old, new) = (pending.old_address, kernel::program_break()?);
+        if new < old {
+            tell(RangeStep::Taken, pending, 0, new, old - new);
+        } else {
+            (address, length) = (old, new - old);
+        }
+    }
+    let site = match length {
+        0 => 0,
+        _ => ledger::site_of(regs, state, pending.scope()),
+    };
+    tell(RangeStep::Given, pending, site, address, length);
+    Some(())
+}
