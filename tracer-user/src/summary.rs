@@ -142,14 +142,16 @@ pub fn process_report(target: &Target, figures: &Figures<'_>, names: &mut Names)
             _ => None,
         },
         replaced_by_exec: target.end == Some(End::Replaced),
-        untraced_children: figures.state.forks,
+        untraced_children: figures.state.forks + target.untraced_children,
         unseen_vfork_children: if figures.sees_vfork {
             0
         } else {
             figures.state.borrowers
         },
-        // An `exec` by another thread ends the main one too.
-        main_thread_exited: target.main_thread_exited && target.end != Some(End::Replaced),
+        // An `exec` by another thread ends the main one too, and probes for all processes stay.
+        main_thread_exited: target.main_thread_exited
+            && target.end != Some(End::Replaced)
+            && !target.shares_probes(),
         sampled_out: figures.state.sampled_out,
         totals,
         families: families.into_values().collect(),

@@ -87,6 +87,8 @@ pub struct Target {
     pub from_start: bool,
     /// What it has mapped itself, if that is counted.
     pub ranges: Ranges,
+    /// Children forked that are not meant, beside those that the kernel side counts.
+    pub untraced_children: u32,
     /// Whether its end was told.
     pub is_told: bool,
     /// What it did, once it has ended and its place is another's.
@@ -177,6 +179,7 @@ impl Target {
             peak_live_bytes: 0,
             from_start: false,
             ranges: Ranges::default(),
+            untraced_children: 0,
             is_told: false,
             closed: None,
             is_unpublished: true,

@@ -11,7 +11,7 @@ use anyhow::{Context as _, anyhow, bail};
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use super::{block_on, reading_tables, say};
+use super::{block_on, raise_file_limit, reading_tables, say};
 use crate::{
     args::{Attach, Format, ReportOptions, TraceOptions},
     calibrate::{self, ProbeCost},
@@ -33,6 +33,7 @@ pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
     // First what no process can change.
     Host::read().check()?;
     report::check_output(&args.report)?;
+    raise_file_limit();
     let targets = args.all_targets();
     let selection = Selection::new(&Wishes {
         targets: &targets,

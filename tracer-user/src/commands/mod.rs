@@ -46,6 +46,18 @@ fn say(message: impl Display) {
     let _ = writeln!(Harmless(std::io::stderr()), "{message}");
 }
 
+/// Lets us have as many files open as the system does: every file that is seen mapped is held open.
+/// Programs that we start must not inherit it: some close every descriptor that they could have.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // With fewer it works too.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
 /// Says what takes so long before a session can begin.
 fn reading_tables() {
     say("reading the unwind tables of large files…");

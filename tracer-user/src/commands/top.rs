@@ -21,7 +21,7 @@ use crate::{
     report::check_output,
     signals::Signals,
     top::{
-        Depth, Plan, Top, raise_file_limit,
+        Depth, Plan, Top,
         report::TopReport,
         screen::{Screen, Wish},
     },
@@ -44,7 +44,7 @@ pub fn top(options: &Options) -> anyhow::Result<ExitCode> {
         output: options.output.clone(),
         ..ReportOptions::default()
     })?;
-    raise_file_limit();
+    super::raise_file_limit();
     let ending = block_on(watch(options))?;
     if let Some(pid) = ending.attach {
         return continue_with(pid);

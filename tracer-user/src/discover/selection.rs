@@ -118,12 +118,17 @@ impl Selection {
             && self.users.is_empty()
     }
 
+    /// Whether a process has a name that is meant, wherever it belongs.
+    #[must_use]
+    pub fn names(&self, process: &Process) -> bool {
+        let named = |names: &[Name]| names.iter().any(|name| name.is_of(process));
+        self.targets.as_deref().is_none_or(named) && !named(&self.exclude)
+    }
+
     /// Whether a process is meant.
     #[must_use]
     pub fn contains(&self, process: &Process, labels: &Labels) -> bool {
-        let named = |names: &[Name]| names.iter().any(|name| name.is_of(process));
-        self.targets.as_deref().is_none_or(named)
-            && !named(&self.exclude)
+        self.names(process)
             && self.is_of_user(labels)
             && self.is_in_cgroup(process.pid)
             && self.is_in_container(labels)

@@ -20,6 +20,11 @@ use crate::{
 impl Session {
     /// Waits until there is something to [drain](Self::drain).
     pub async fn event(&self) -> anyhow::Result<()> {
+        if self.has_more {
+            // The descriptors tell of what is new only. Others, signals before all, get their turn.
+            tokio::task::yield_now().await;
+            return Ok(());
+        }
         tokio::select! {
             ready = self.events.readable() => {
                 ready.context("failed to wait for events")?.clear_ready();
@@ -32,18 +37,28 @@ impl Session {
         Ok(())
     }
 
-    /// Takes in all that the kernel side has said, and the unwind tables that were finished.
+    /// Takes in what the kernel side has said, as much as can be taken at a time, and the unwind tables
+    /// that were finished.
     pub fn drain(&mut self) {
+        /// A process can say something faster than it is heard.
+        const MOST_COPIES: usize = 1024;
         self.tracer.flush_log();
+        self.has_more = false;
         self.take_events();
         self.probe_new_code();
         self.know_code();
+        let mut copies = 0;
         while let Some(record) = self.copies.get_mut().next().map(|record| record.to_vec()) {
+            copies += 1;
+            self.has_more |= copies == MOST_COPIES;
             // The stack that it belongs to may have come since. Copies take time, and until the kernel
             // side knows the code that is mapped now, stacks are doubtful.
             self.take_events();
             self.know_code();
             self.take_copy(&record);
+            if copies == MOST_COPIES {
+                break;
+            }
         }
         self.close_many();
     }
@@ -62,11 +77,16 @@ impl Session {
     }
 
     fn take_events(&mut self) {
-        while let Some(record) = self.events.get_mut().next().map(|record| record.to_vec()) {
+        const MOST: usize = 1 << 14;
+        for _ in 0..MOST {
+            let Some(record) = self.events.get_mut().next().map(|record| record.to_vec()) else {
+                return;
+            };
             if let Some(header) = header(&record) {
                 self.take_event(header, &record);
             }
         }
+        self.has_more = true;
     }
 
     fn take_event(&mut self, header: EventHeader, record: &[u8]) {
@@ -151,6 +171,15 @@ impl Session {
             self.leave_out(header);
             return;
         };
+        let is_meant = self.follows || {
+            let process = self.targets[parent].process.forked(header.tgid);
+            self.selection.names(&process)
+        };
+        if !is_meant {
+            self.targets[parent].untraced_children += 1;
+            self.leave_out(header);
+            return;
+        }
         let parent = &self.targets[parent];
         let child = Target::forked(&mut self.tracer, parent, header.tgid, header.instance);
         self.add(child);

@@ -31,7 +31,7 @@ use crate::{
     },
     definitions::Definitions,
     discover::{
-        labels::ContainerNames,
+        labels::{ContainerNames, Labels},
         module::{FileId, Module, Search},
         process::Process,
         selection::Selection,
@@ -71,6 +71,8 @@ pub struct Session {
     container_names: ContainerNames,
     /// Instances that the kernel side opened for processes that are not meant.
     unwanted: HashSet<u32>,
+    /// Whether the kernel side has said more than was taken in.
+    has_more: bool,
     /// Whether unwind tables may have become useless.
     has_unused_tables: bool,
     stacks: HashMap<u32, Stack>,
@@ -160,6 +162,7 @@ impl Session {
             follows: trace.follow,
             container_names: ContainerNames::default(),
             unwanted: HashSet::new(),
+            has_more: false,
             has_unused_tables: false,
             stacks: HashMap::new(),
             filters: Filters {
@@ -221,7 +224,8 @@ impl Session {
     }
 
     /// Opens an instance for a process, unprobed. Gives its index among the targets.
-    pub fn open(&mut self, process: Process, flags: u32) -> anyhow::Result<usize> {
+    pub fn open(&mut self, mut process: Process, flags: u32) -> anyhow::Result<usize> {
+        process.labels = Labels::of(process.pid, &mut self.container_names);
         let follow = match self.follows || self.selection.is_open() {
             true => FOLLOWED,
             false => 0,
@@ -590,13 +594,15 @@ impl Session {
             .into_iter()
             .map(|(missed, n)| (missed.name(), n))
             .collect();
+        let is_sampled = processes.iter().any(|process| process.sampled_out > 0);
+        let mode = if is_sampled { "sampled" } else { "exact" };
         Ok(Report {
             schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION"),
             command: self.command,
             started: humantime::format_rfc3339_millis(self.started).to_string(),
             duration_s: (now_ns.saturating_sub(self.started_ns)) as f64 / 1e9,
-            mode: "exact",
+            mode,
             filters: self.filters.clone(),
             host: HostFacts {
                 kernel: self.host.kernel_release.clone(),

@@ -459,14 +459,3 @@ impl TopReport {
         to.flush()
     }
 }
-
-/// Lets us have as many files open as the system does: every thread that is sampled takes one.
-pub fn raise_file_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        // With fewer it works too.
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
-}
