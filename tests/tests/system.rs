@@ -145,6 +145,9 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
     let Some(musl) = skip::need_program("musl-gcc") else {
         return;
     };
+    if skip::need_library("libtcmalloc_minimal.so").is_none() {
+        return;
+    }
     let _turn = machine::take();
     let ledger = ledger();
     let hold = |seed: &'static str| [seed, "4", "8192", "hold"];
@@ -153,6 +156,15 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
         let command = preloading(library, &ledger);
         subjects.push(Subject::new(name, Target::start_with(command, &hold("2"))));
     }
+    // With operators new and delete that call no malloc.
+    let operators = Fixture::new("new_delete.cc")
+        .flag("-std=c++17")
+        .flag("-faligned-new")
+        .flag("-fsized-deallocation")
+        .flag("-Wl,--no-as-needed")
+        .flag("-ltcmalloc_minimal")
+        .named("new_delete_tcmalloc")
+        .build();
     let static_glibc = plain().flag("-static").build();
     let static_musl = plain().flag("-static").compiled_by(&musl).build();
     let rust = Fixture::new("plain.rs").build();
@@ -186,8 +198,9 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
     late.target.work();
     loads.work();
     forks.work();
+    let operators = Target::run_to_end(&operators, &["4", "20000"]);
     // Nothing waits for the probes of a program that was started a moment ago and runs at once.
-    let at_once = Target::run_to_end(&ledger, &["4", "4", "8192"]);
+    let at_once = Target::run_to_end(&ledger, &["4", "4", "65536"]);
     let outcome = session.stop();
     let report = outcome.report_with_code(0);
     report.assert_nothing_missed();
@@ -197,9 +210,11 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
     late.assert_exact(report);
     assert_eq!(report.last_of(late.pid)["from_start"], true);
 
-    let seen = books_through_any_frame(sites_of(report.last_of(at_once.0)));
-    at_once.1.assert_equal(&seen, report);
-    assert_eq!(report.last_of(at_once.0)["from_start"], true);
+    for (pid, books) in [&at_once, &operators] {
+        let seen = books_through_any_frame(sites_of(report.last_of(*pid)));
+        books.assert_equal(&seen, report);
+        assert_eq!(report.last_of(*pid)["from_start"], true);
+    }
 
     let loads = Subject::new("dlopen", loads);
     loads.assert_exact(report);

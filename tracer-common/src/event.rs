@@ -89,7 +89,7 @@ pub struct EventHeader {
     /// Its instance.
     pub instance: u32,
     /// Depends on the kind: of a stack or its copy the site's id; of an exit the wait status; of a
-    /// fork the parent's instance; else 0.
+    /// fork the parent's instance; of a start not 0 if the process was followed before; else 0.
     pub detail: u32,
 }
 

@@ -361,9 +361,10 @@ fn new_site(key: SiteKey, state: &Instance) -> Option<u32> {
         if sites.read_volatile() >= config.max_sites_of_instance {
             return None;
         }
-        add_u32(sites, 1);
     }
     let id = free_site(config.max_sites - config.max_sites / SITES_PER_RESERVED)?;
+    // SAFETY: as above.
+    unsafe { add_u32(sites, 1) };
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {

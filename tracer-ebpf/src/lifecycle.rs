@@ -147,14 +147,14 @@ fn is_wanted() -> bool {
 
 /// The current process has executed a program: opens an instance for it.
 #[inline(always)]
-fn start(tgid: u32) -> Option<()> {
+fn start(tgid: u32, is_followed: bool) -> Option<()> {
     let instance = open(tgid, None)?;
     let mut event = StartedEvent {
         header: EventHeader {
             kind: EventKind::Started as u32,
             tgid,
             instance,
-            detail: 0,
+            detail: u32::from(is_followed),
         },
         comm: [0; 16],
     };
@@ -244,7 +244,11 @@ pub(crate) fn sched_process_exec(_ctx: RawTracePointContext) -> i32 {
 fn exec() -> Option<()> {
     let (pid_tgid, tgid) = current();
     let Some(member) = membership(tgid) else {
-        return if is_wanted() { start(tgid) } else { None };
+        return if is_wanted() {
+            start(tgid, false)
+        } else {
+            None
+        };
     };
     drop_pending(pid_tgid);
     let state = INSTANCES.get_ptr_mut(member.instance)?;
@@ -260,8 +264,9 @@ fn exec() -> Option<()> {
             return Some(());
         }
     }
-    if flags & FOLLOWED != 0 || is_wanted() {
-        start(tgid)?;
+    let is_followed = flags & FOLLOWED != 0;
+    if is_followed || is_wanted() {
+        start(tgid, is_followed)?;
     }
     Some(())
 }

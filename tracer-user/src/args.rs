@@ -407,7 +407,7 @@ pub struct Attach {
     #[arg(long, value_name = "NAME|UID")]
     pub user: Vec<String>,
     /// Trace every process of the host
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["targets", "pid"])]
     pub all: bool,
     /// Leave these processes out: PID, name or path as for TARGET (may be repeated)
     #[arg(long, value_name = "TARGET", value_parser = target)]

@@ -41,7 +41,8 @@ pub struct Attachments {
     shares_all: bool,
     /// Files whose are.
     shared: HashSet<FileId>,
-    standing: HashMap<FileId, Standing>,
+    /// By file, and whether it is the report of a dynamic loader: musl's is its libc.
+    standing: HashMap<(FileId, bool), Standing>,
 }
 
 #[derive(Debug)]
@@ -147,10 +148,14 @@ impl Attachments {
             return Ok(Vec::new());
         };
         let is_shared = self.is_shared(part.file);
+        let is_report = programs
+            .iter()
+            .any(|(program, _)| *program == ProbeProgram::LoaderReport);
+        let key = (part.file, is_report);
         let build_id = segment.file.as_ref().and_then(|file| file.build_id());
         if is_shared
-            && (self.standing.contains_key(&part.file)
-                || self.is_same_file(pid, segment, build_id, programs))
+            && (self.standing.contains_key(&key)
+                || self.is_same_file(key, pid, segment, build_id, programs))
         {
             return Ok(Vec::new());
         }
@@ -172,7 +177,7 @@ impl Attachments {
             return Ok(attached);
         }
         self.standing.insert(
-            part.file,
+            key,
             Standing {
                 build_id: build_id.map(str::to_owned),
                 links: attached,
@@ -186,6 +191,7 @@ impl Attachments {
     /// probed twice, every call would count twice.
     fn is_same_file(
         &mut self,
+        key: (FileId, bool),
         pid: u32,
         segment: &Segment,
         build_id: Option<&str>,
@@ -194,10 +200,11 @@ impl Attachments {
         let known = build_id.is_some()
             && self
                 .standing
-                .values()
-                .any(|standing| standing.build_id.as_deref() == build_id);
+                .iter()
+                .filter(|((_, is_report), _)| *is_report == key.1)
+                .any(|(_, standing)| standing.build_id.as_deref() == build_id);
         let point = programs.iter().find_map(|(_, points)| points.first());
-        let (true, Some(point), Some(part)) = (known, point, segment.mapping.file()) else {
+        let (true, Some(point)) = (known, point) else {
             return false;
         };
         let is_overlaid = statfs(&segment.mapping.map_file(pid))
@@ -206,7 +213,7 @@ impl Attachments {
         let is_probed = is_overlaid && is_probed(pid, segment, point.file_offset).unwrap_or(false);
         if is_probed {
             self.standing.insert(
-                part.file,
+                key,
                 Standing {
                     build_id: build_id.map(str::to_owned),
                     links: Vec::new(),
@@ -216,9 +223,10 @@ impl Attachments {
         is_probed
     }
 
-    /// Files whose probes are for all processes and stand.
-    pub fn standing(&self) -> impl Iterator<Item = FileId> {
-        self.standing.keys().copied()
+    /// How many times probes were attached that are for all processes.
+    #[must_use]
+    pub fn standing(&self) -> usize {
+        self.standing.len()
     }
 
     /// Takes the probes that are for all away.

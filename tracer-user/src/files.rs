@@ -129,9 +129,10 @@ impl Files {
         let known = Rc::new(KnownFile {
             path: part.path.clone(),
             is_elf: is_regular && handle.as_ref().is_none_or(is_elf),
-            module: match is_regular {
-                true => Module::read(map_file, &self.search).map_err(|error| format!("{error:#}")),
-                false => Err("no regular file".to_owned()),
+            module: match &handle {
+                Some(handle) => Module::read(&fd_path(handle), &self.search)
+                    .map_err(|error| format!("{error:#}")),
+                None => Err("no regular file".to_owned()),
             },
             debug_files: handle.as_ref().map_or_else(Vec::new, |file| {
                 let search = &self.debug_file_search;
@@ -140,7 +141,10 @@ impl Files {
             path_inside,
             handle,
         });
-        self.known.insert(part.file, Rc::clone(&known));
+        // If the process ended just now, the next one that has it mapped shows what it is.
+        if known.handle.is_some() {
+            self.known.insert(part.file, Rc::clone(&known));
+        }
         known
     }
 

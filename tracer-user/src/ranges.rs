@@ -125,6 +125,10 @@ impl Ranges {
     /// Unmaps a range; gives the pieces that were there.
     fn remove(&mut self, start: u64, end: u64) -> Vec<(u64, Piece)> {
         let mut removed = Vec::new();
+        // The kernel refuses it.
+        if start >= end {
+            return removed;
+        }
         // The one before may reach into it.
         let first = self
             .pieces
@@ -307,6 +311,16 @@ mod tests {
         unmap(&mut ranges, 10, 8);
         assert_eq!(figures(&ranges, 1), [1, 4, 1, 4]);
         assert_eq!(figures(&ranges, 2), [1, 4, 1, 4]);
+    }
+
+    #[test]
+    fn nothing_is_taken_of_no_length() {
+        let mut ranges = Ranges::default();
+        map(&mut ranges, 10, 4, 1);
+        ranges.take(&step(RangeStep::Taken, 12, 0, 0));
+        ranges.take(&step(RangeStep::Failed, 0, 0, 0));
+        unmap(&mut ranges, 10, 4);
+        assert_eq!(figures(&ranges, 1), [1, 4, 1, 4]);
     }
 
     #[test]

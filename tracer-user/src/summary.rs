@@ -39,8 +39,9 @@ impl Ages {
         let age_ns = now_ns.saturating_sub(block.birth_ns);
         self.oldest_ns = self.oldest_ns.max(age_ns);
         if age_ns >= minimum_age_ns {
-            self.old_blocks += 1;
-            self.old_bytes += block.size_bytes;
+            let weight = u64::from(block.weight);
+            self.old_blocks += weight;
+            self.old_bytes += block.size_bytes * weight;
         }
     }
 }

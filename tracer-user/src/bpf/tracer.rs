@@ -14,6 +14,7 @@ use aya::{
     programs::{RawTracePoint, raw_trace_point::RawTracePointLinkId},
 };
 use aya_log::EbpfLogger;
+use aya_obj::generated::BPF_NOEXIST;
 use serde::Serialize;
 use tracer_common::{
     alloc_spec::{Family, HEAP},
@@ -330,6 +331,16 @@ impl Tracer {
             }
             Err(error) => return Err(error).context("failed to open a process instance"),
         };
+        let opened = self.open_numbered(instance, pid, flags);
+        if opened.is_err() {
+            // Its sites, if it has some by now, go with it.
+            self.recycle(&HashSet::from([instance]))?;
+        }
+        opened?;
+        Ok(instance)
+    }
+
+    fn open_numbered(&mut self, instance: u32, pid: u32, flags: u32) -> anyhow::Result<()> {
         let overflow_site = self.reserve_site(instance, HEAP)?;
         for family in 1..=self.families {
             let id = self.reserve_site(instance, family)?;
@@ -359,10 +370,10 @@ impl Tracer {
                     instance,
                     borrowed: 0,
                 },
-                0,
+                u64::from(BPF_NOEXIST),
             )
             .with_context(|| format!("failed to register PID {pid}"))?;
-        Ok(instance)
+        Ok(())
     }
 
     /// Records no more of a process, which may go on, or be gone.
@@ -423,9 +434,10 @@ impl Tracer {
         Ok(id)
     }
 
-    /// Gives the numbers of ended instances free, and of their sites. Their blocks are out of the
-    /// ledger.
-    pub fn recycle(&mut self, instances: &HashSet<u32>) -> anyhow::Result<()> {
+    /// Gives the numbers of ended instances free, and the ids of their sites, which it returns. Their
+    /// blocks are out of the ledger.
+    pub fn recycle(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<u32>> {
+        let mut sites = Vec::new();
         for id in 0..self.site_count() {
             let site = self.sites.pointer(id as usize);
             // SAFETY: a live element of the mapping.
@@ -450,13 +462,14 @@ impl Tracer {
             self.queue("FREE_SITES")?
                 .push(id, 0)
                 .context("failed to free a site")?;
+            sites.push(id);
         }
         let mut free = self.queue("FREE_INSTANCES")?;
         for instance in instances {
             free.push(instance, 0)
                 .context("failed to free a process instance")?;
         }
-        Ok(())
+        Ok(sites)
     }
 
     fn flags(&self, instance: u32) -> &AtomicU32 {

@@ -171,7 +171,10 @@ fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<
     for danger in &dangers {
         log::info!("PID {}: {danger}", process.pid);
     }
-    session.open(process, 0)?;
+    // It may have executed its program since it was found, and is recorded from then on.
+    if !session.is_traced(process.pid) {
+        session.open(process, 0)?;
+    }
     Ok(())
 }
 

@@ -280,7 +280,7 @@ impl Held<'_> {
                 // Stopped by somebody else, who will let it go on.
                 _ => continue,
             }
-            self.session.drain();
+            self.session.drain_all();
             return Ok(());
         }
     }
@@ -300,7 +300,7 @@ impl Held<'_> {
 
     /// The child stands, perhaps for us: probes what it has mapped by now and lets it go on.
     fn stopped(&mut self) -> anyhow::Result<()> {
-        self.session.drain();
+        self.session.drain_all();
         let instance = self.session.targets()[self.current].instance;
         if !self.session.tracer().take_stop(instance) {
             return Ok(());

@@ -116,13 +116,20 @@ impl Selection {
             && self.cgroups.is_empty()
             && self.containers.is_empty()
             && self.users.is_empty()
+            && self.exclude.is_empty()
     }
 
     /// Whether a process has a name that is meant, wherever it belongs.
     #[must_use]
     pub fn names(&self, process: &Process) -> bool {
         let named = |names: &[Name]| names.iter().any(|name| name.is_of(process));
-        self.targets.as_deref().is_none_or(named) && !named(&self.exclude)
+        self.targets.as_deref().is_none_or(named) && !self.excludes(process)
+    }
+
+    /// Whether a process is to be left out by its name.
+    #[must_use]
+    pub fn excludes(&self, process: &Process) -> bool {
+        self.exclude.iter().any(|name| name.is_of(process))
     }
 
     /// Whether a process is meant.
@@ -348,7 +355,8 @@ mod tests {
     fn what_is_excluded_is_left_out_of_everything() {
         let all = selection(&[], &["nginx", "8"]);
         let labels = Labels::default();
-        assert!(all.is_everything() && all.is_open());
+        assert!(all.is_open() && !all.is_everything());
+        assert!(selection(&[], &[]).is_everything());
         assert!(!all.contains(&process(7, "nginx", "/usr/sbin/nginx"), &labels));
         assert!(!all.contains(&process(8, "sh", "/bin/sh"), &labels));
         assert!(all.contains(&process(9, "sh", "/bin/sh"), &labels));

@@ -38,7 +38,8 @@ pub fn programs(processes: &[ProcessReport]) -> Vec<ProgramReport> {
     }
     let mut programs: Vec<_> = by_exe
         .into_iter()
-        .filter(|(_, instances)| instances.len() > 1)
+        // Of those that were gone before anybody looked, nobody knows what they were.
+        .filter(|(exe, instances)| !exe.is_empty() && instances.len() > 1)
         .map(|(exe, instances)| program(exe, &instances))
         .collect();
     programs.sort_by(|a, b| {

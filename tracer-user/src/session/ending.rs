@@ -66,7 +66,8 @@ impl Session {
     /// Takes the figures of ended instances out of the kernel, where others need the room. While only
     /// ended ones are left, nobody does.
     pub(super) fn close_ended(&mut self) -> anyhow::Result<()> {
-        if self.all_ended() && !self.selection.is_open() {
+        // What is still to be heard of them names them by their numbers.
+        if self.has_more || (self.all_ended() && !self.selection.is_open()) {
             return Ok(());
         }
         let ended: HashMap<u32, u64> = self
@@ -130,6 +131,10 @@ impl Session {
             target.ranges = Ranges::default();
             self.by_instance.remove(&target.instance);
         }
-        self.tracer.recycle(&instances)
+        for site in self.tracer.recycle(&instances)? {
+            // The next one with this id has another.
+            self.stacks.remove(&site);
+        }
+        Ok(())
     }
 }

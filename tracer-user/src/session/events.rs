@@ -63,6 +63,16 @@ impl Session {
         self.close_many();
     }
 
+    /// Takes in all that the kernel side has said by now.
+    pub fn drain_all(&mut self) {
+        loop {
+            self.drain();
+            if !self.has_more {
+                return;
+            }
+        }
+    }
+
     /// Has tables built for new code, and the kernel side know what code there is.
     fn know_code(&mut self) {
         for target in &self.targets {
@@ -156,11 +166,16 @@ impl Session {
 
     /// Probes what a process has mapped that is recorded already.
     fn probe_late(&mut self, index: usize) {
-        let standing = self.attachments.standing().count();
+        let standing = self.attachments.standing();
         if let Err(error) = self.probe(index) {
-            log::warn!("PID {}: {error:#}", self.targets[index].process.pid);
+            let pid = self.targets[index].process.pid;
+            match Process::is_alive(pid) {
+                true => log::warn!("PID {pid}: {error:#}"),
+                // Not worth a word: it has nothing to be probed any more.
+                false => log::debug!("PID {pid}: {error:#}"),
+            }
         }
-        if self.attachments.standing().count() != standing {
+        if self.attachments.standing() != standing {
             self.targets[index].from_start = false;
         }
     }
@@ -200,7 +215,8 @@ impl Session {
             Err(_) => Process::gone(header.tgid, &comm(record)),
         };
         // What a followed process has executed is traced, whatever it is.
-        if !self.follows && !self.selection.contains(&process, &process.labels) {
+        let is_followed = self.follows && header.detail != 0 && !self.selection.excludes(&process);
+        if !is_followed && !self.selection.contains(&process, &process.labels) {
             self.leave_out(header);
             return;
         }

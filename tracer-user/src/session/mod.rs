@@ -417,8 +417,11 @@ impl Session {
         let forgotten = self
             .tracer
             .forget_process(target.process.pid, target.instance);
-        if let Err(error) = forgotten {
-            log::info!("{error:#}");
+        match forgotten {
+            Ok(()) => {
+                self.unwanted.insert(target.instance);
+            }
+            Err(error) => log::info!("{error:#}"),
         }
         self.by_instance = self
             .targets
@@ -499,7 +502,7 @@ impl Session {
         links.extend(self.attachments.detach());
         self.stopped_ns = Some(monotonic_ns());
         links::detach(links);
-        self.drain();
+        self.drain_all();
         self.tick()
     }
 
