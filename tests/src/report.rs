@@ -157,17 +157,7 @@ impl Report {
     /// an `operator new` that calls `malloc`.
     #[must_use]
     pub fn books_below_wrappers(&self) -> Books {
-        let mut books = Books::default();
-        for site in self.sites().filter(|site| family_of(site).is_none()) {
-            let depth = site["stack"].as_array().map_or(0, Vec::len);
-            let function = (0..depth)
-                .filter_map(|frame| function_of(site, frame))
-                .find(|name| name.starts_with("site_"));
-            if let Some(function) = function {
-                books.add(function, Counts::of_report(site));
-            }
-        }
-        books
+        books_through_any_frame(self.sites().filter(|site| family_of(site).is_none()))
     }
 
     /// Frees of blocks that the ledger never had.

@@ -121,7 +121,7 @@ pub(super) async fn trace(
     for process in processes {
         let pid = process.pid;
         match open(&mut session, process, plan.trace.force) {
-            Ok(()) => {}
+            Ok(_) => {}
             Err(error) if several => say(format_args!("unfreed: {error:#}; left out")),
             Err(error) => return Err(Process::inspect(pid).err().unwrap_or(error)),
         }
@@ -164,18 +164,19 @@ pub(super) async fn trace(
     session.report(true)
 }
 
-/// Opens an instance for a process, if tracing it is safe.
-fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<()> {
+/// Opens an instance for a process, if tracing it is safe. Gives its index among the targets; none if
+/// the kernel side has opened one already, of which we are about to hear.
+fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<Option<usize>> {
     let dangers = preflight::check_process(process.pid, session.host())?;
     preflight::permit(process.pid, &dangers, force)?;
     for danger in &dangers {
         log::info!("PID {}: {danger}", process.pid);
     }
     // It may have executed its program since it was found, and is recorded from then on.
-    if !session.is_traced(process.pid) {
-        session.open(process, 0)?;
+    match session.is_traced(process.pid) {
+        true => Ok(None),
+        false => session.open(process, 0).map(Some),
     }
-    Ok(())
 }
 
 /// Probes what a process has mapped.
@@ -191,8 +192,9 @@ fn probe(session: &mut Session, index: usize) -> anyhow::Result<()> {
 
 /// Opens, probes and begins to record a process that came without our being told.
 fn take_up(session: &mut Session, process: Process, force: bool) -> anyhow::Result<()> {
-    open(session, process, force)?;
-    let index = session.targets().len() - 1;
+    let Some(index) = open(session, process, force)? else {
+        return Ok(());
+    };
     if let Err(error) = probe(session, index) {
         session.give_up(index);
         return Err(error);

@@ -492,7 +492,7 @@ impl Session {
     pub fn stop(&mut self) -> anyhow::Result<()> {
         // Those that were opened just now and of which nobody has heard included: while probes are taken
         // away, frees may be seen no more and allocations still be.
-        self.tracer.disarm_all()?;
+        let disarmed = self.tracer.disarm_all();
         let mut links: Vec<_> = self
             .targets
             .iter_mut()
@@ -502,6 +502,8 @@ impl Session {
         links.extend(self.attachments.detach());
         self.stopped_ns = Some(monotonic_ns());
         links::detach(links);
+        // The probes are taken away whatever fails.
+        disarmed?;
         self.drain_all();
         self.tick()
     }
