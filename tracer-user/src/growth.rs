@@ -16,6 +16,9 @@ const MIN_SAMPLES: usize = 9;
 /// One figure in 2,000 that does not grow is taken for growing: among a hundred that are looked at,
 /// five in a hundred times.
 const Z: f64 = 3.29;
+/// What was once found to grow among many is one figure from then on: one in 40 will do, so that it is
+/// not found and lost again from sample to sample.
+const Z_FOUND: f64 = 1.96;
 /// However much neighbouring samples depend on each other, what goes up between 39 of 40 pairs of
 /// them grows.
 const MAX_SPREAD: f64 = 0.95;
@@ -27,6 +30,8 @@ pub struct Series {
     window_s: f64,
     /// Least time between points.
     spacing_s: f64,
+    /// Whether it was found to grow when that was last asked.
+    was_growing: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +71,17 @@ impl Series {
             points: Vec::new(),
             window_s,
             spacing_s: 0.0,
+            was_growing: false,
         }
+    }
+
+    /// Notes whether the figure was found to grow: then it takes less to say so again.
+    pub const fn found(&mut self, is_growing: bool) {
+        self.was_growing = is_growing;
+    }
+
+    const fn z(&self) -> f64 {
+        if self.was_growing { Z_FOUND } else { Z }
     }
 
     /// Adds a sample. Times must not go back.
@@ -134,7 +149,8 @@ impl Series {
     /// Whether [`Series::growth`] may turn out to be certain: it does not if this is false.
     #[must_use]
     pub fn may_grow(&self) -> bool {
-        self.len() >= MIN_SAMPLES && self.trend() * self.pairs() as f64 > Z * self.deviation()
+        self.len() >= MIN_SAMPLES
+            && self.trend() * self.pairs() as f64 > self.z() * self.deviation()
     }
 
     const fn pairs(&self) -> usize {
@@ -172,7 +188,7 @@ impl Series {
             span_s: self.span_s(),
         };
         let pairs = slopes.len() as f64;
-        let alone = Z * self.deviation();
+        let alone = self.z() * self.deviation();
         if self.len() >= MIN_SAMPLES && alone < pairs {
             let spread = (alone * self.dependence(per_s).sqrt()).min(alone.max(pairs * MAX_SPREAD));
             let beyond = ((pairs - spread) / 2.0) as usize;
@@ -360,6 +376,23 @@ mod tests {
                 assert!(!certain || series.may_grow());
             }
         }
+    }
+
+    #[test]
+    fn what_was_found_to_grow_is_not_lost_at_the_next_sample() {
+        let mut series = series((0..9).map(f64::from));
+        assert!(series.growth().unwrap().is_certain());
+        // Two looks at which nothing was new.
+        series.push(9.0, 7.5);
+        series.push(10.0, 7.5);
+        assert!(!series.growth().unwrap().is_certain());
+        series.found(true);
+        assert!(series.may_grow() && series.growth().unwrap().is_certain());
+        // But not for ever.
+        for second in 11..30 {
+            series.push(f64::from(second), 7.5);
+        }
+        assert!(!series.growth().unwrap().is_certain());
     }
 
     #[test]

@@ -221,7 +221,7 @@ async fn watch(options: &Options) -> anyhow::Result<Ending> {
     }
     // The screen goes, the terminal is as it was.
     drop(tables);
-    top.look().context("failed to read /proc")?;
+    top.last_look().context("failed to read /proc")?;
     let report = top.report(options.limit, Depth::Final);
     Ok(Ending { report, attach })
 }

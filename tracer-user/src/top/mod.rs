@@ -101,6 +101,8 @@ pub struct Top {
     selected: Option<u32>,
     started: SystemTime,
     clock: Instant,
+    /// When it was last looked at all processes.
+    looked_s: f64,
     wanted_interval: Duration,
     interval: Duration,
 }
@@ -148,6 +150,7 @@ impl Top {
             selected: None,
             started: SystemTime::now(),
             clock: Instant::now(),
+            looked_s: f64::NEG_INFINITY,
             wanted_interval: plan.interval,
             interval: plan.interval,
         }
@@ -173,6 +176,7 @@ impl Top {
     pub fn look(&mut self) -> io::Result<()> {
         let before = cpu_time();
         let now_s = self.now_s();
+        self.looked_s = now_s;
         self.find(now_s)?;
         self.rank();
         let chains = self.processes.values().filter_map(|of| of.chain.as_ref());
@@ -183,6 +187,14 @@ impl Top {
         self.looks.took(cpu_time().saturating_sub(before));
         self.interval = self.wanted_interval.max(self.looks.wait(now_s));
         Ok(())
+    }
+
+    /// Looks for the last time, unless it did just now: samples must not be closer than the others.
+    pub fn last_look(&mut self) -> io::Result<()> {
+        if self.now_s() - self.looked_s < self.interval.as_secs_f64() / 2.0 {
+            return Ok(());
+        }
+        self.look()
     }
 
     /// Takes in who is there.
@@ -221,6 +233,8 @@ impl Top {
                 true => known.series.growth(),
                 false => None,
             };
+            let is_growing = known.least_growth() > 0.0;
+            known.series.found(is_growing);
         }
         let key = |pid: &u32| {
             let known = &self.processes[pid];
