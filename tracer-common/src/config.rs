@@ -7,8 +7,22 @@ use crate::pod;
 /// Name of the read-only global that holds the [`Config`].
 pub const CONFIG_SYMBOL: &str = "CONFIG";
 
-/// Blocks that one stands for that is recorded of an instance with too many.
-pub const SAMPLED_WEIGHT: u32 = 16;
+/// How many blocks one stands for that is recorded of an instance that has `live_blocks` in the ledger,
+/// and from `most` on too many: the more it has, the more, so that it will not have all of the ledger
+/// however long it goes on.
+#[inline(always)]
+#[must_use]
+pub const fn sampled_weight(live_blocks: u64, most: u64) -> u32 {
+    if live_blocks < most {
+        1
+    } else if live_blocks < most + most / 4 {
+        16
+    } else if live_blocks < most + most / 2 {
+        256
+    } else {
+        4096
+    }
+}
 
 /// What the programs need to know of the running kernel and of the session.
 ///
@@ -44,7 +58,8 @@ pub struct Config {
     pub copy_all_stacks: u32,
     /// Sites that one instance can have; what it allocates elsewhere then has no stack.
     pub max_sites_of_instance: u32,
-    /// Live blocks of one instance from which on only one in [`SAMPLED_WEIGHT`] new ones is recorded.
+    /// Live blocks of one instance from which on only some of the new ones are recorded, see
+    /// [`sampled_weight`]; 0 for no limit.
     pub max_live_of_instance: u32,
     /// The highest number of a family that is probed.
     pub families: u32,
@@ -84,6 +99,19 @@ pub struct Starts {
     pub padding: u32,
     /// The group's number, which is its directory's inode.
     pub cgroup: u64,
+}
+
+impl Starts {
+    /// None.
+    pub const NONE: Self = Self {
+        any: 0,
+        by_user: 0,
+        uid: 0,
+        by_cgroup: 0,
+        cgroup_level: 0,
+        padding: 0,
+        cgroup: 0,
+    };
 }
 
 const _: () = assert!(size_of::<Starts>() == 32);

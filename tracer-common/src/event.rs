@@ -104,9 +104,11 @@ pub struct StartedEvent {
     pub header: EventHeader,
     /// The kernel's short name of it, ended by a zero byte: it may be gone before anybody can look.
     pub comm: [u8; 16],
+    /// Its user.
+    pub uid: u32,
 }
 
-const _: () = assert!(size_of::<StartedEvent>() == 32);
+const _: () = assert!(size_of::<StartedEvent>() == 36);
 pod!(StartedEvent);
 
 /// A step of a call that maps or unmaps memory. What a call takes is told before the kernel does it,

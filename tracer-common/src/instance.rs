@@ -23,11 +23,13 @@ pub const FOLLOWED: u32 = 8;
 pub struct Membership {
     /// The instance's number.
     pub instance: u32,
+    /// Its [`Instance::generation`]: if that is another, the instance is gone.
+    pub generation: u32,
     /// Not 0 for a child that shares its parent's memory until it calls `exec` (vfork).
     pub borrowed: u32,
 }
 
-const _: () = assert!(size_of::<Membership>() == 8);
+const _: () = assert!(size_of::<Membership>() == 12);
 pod!(Membership);
 
 /// State of an instance.
@@ -40,8 +42,7 @@ pub struct Instance {
     pub trampoline: u64,
     /// Frees of blocks that the ledger never had, usually older than the session.
     pub untracked_frees: u64,
-    /// Code that is mapped: number of the first [`crate::unwind::Segment`], and in the upper half
-    /// how many there are. The user side replaces both at once.
+    /// Code that is mapped, a [`crate::unwind::Segments`]; the user side replaces it as a whole.
     pub segments: u64,
     /// When code outside of all segments was last reported, `CLOCK_MONOTONIC` in nanoseconds.
     pub unknown_code_at_ns: u64,
@@ -68,7 +69,11 @@ pub struct Instance {
     pub live_blocks: u64,
     /// Blocks that were not recorded because it had too many; others stand for them.
     pub sampled_out: u64,
+    /// Counts the instances that had this number: calls and children of the one before may go on.
+    pub generation: u32,
+    /// The process that it was opened for; 0 while the number is free.
+    pub tgid: u32,
 }
 
-const _: () = assert!(size_of::<Instance>() == 96);
+const _: () = assert!(size_of::<Instance>() == 104);
 pod!(Instance);

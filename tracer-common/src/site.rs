@@ -16,6 +16,14 @@ pub struct SiteKey {
     pub scope: Scope,
 }
 
+/// Ids of sites from this one on are kept for the sites of instances to come that take blocks without
+/// a stack.
+#[inline(always)]
+#[must_use]
+pub const fn first_reserved(max_sites: u32) -> u32 {
+    max_sites - max_sites / 16
+}
+
 const _: () = assert!(size_of::<SiteKey>() == 16);
 pod!(SiteKey);
 

@@ -38,6 +38,32 @@ pub const MAX_RULES: usize = 1 << 16;
 /// Most segments of an instance that are looked at: the search for one takes as many steps as this
 /// has bits.
 pub const MAX_SEGMENTS: u32 = (1 << SEGMENT_SEARCH_STEPS) - 1;
+
+/// The segments of an instance: number of the first, how many there are, and a serial number, which
+/// tells them from others in the same place at another time.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segments(pub u64);
+
+impl Segments {
+    /// `count` ones from `first` on.
+    #[must_use]
+    pub const fn new(first: u32, count: u16, serial: u16) -> Self {
+        Self((serial as u64) << 48 | (count as u64) << 32 | first as u64)
+    }
+
+    /// Number of the first.
+    #[must_use]
+    pub const fn first(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub const fn count(self) -> u32 {
+        (self.0 >> 32) as u16 as u32
+    }
+}
 /// Steps of the search for a segment.
 pub const SEGMENT_SEARCH_STEPS: u32 = 12;
 /// [`Segment::table`] of code without a table: it is walked by frame pointers.

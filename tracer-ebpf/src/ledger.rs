@@ -10,18 +10,18 @@ use aya_ebpf::{
 };
 use tracer_common::{
     alloc_spec::{Family, HEAP},
-    config::SAMPLED_WEIGHT,
+    config::sampled_weight,
     event::{EventHeader, EventKind, MAX_FRAMES, STACK_EVENT_PREFIX_BYTES, StackEvent},
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
     instance::Instance,
     ledger::{Block, BlockKey, Scope, family_of, instance_of, scope},
     missed::Missed,
-    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey},
+    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved},
 };
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    maps::{CONFIG, EVENTS, FREE_SITES, LEDGER, SITE_COUNT, SITE_IDS, SITES},
+    maps::{CONFIG, EVENTS, FREE_SITES, LEDGER, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES},
     missed,
     stack::{self, Stack},
 };
@@ -112,17 +112,20 @@ unsafe fn end_of_life(state: &Instance, site: *mut Site, block: &Block) {
 #[inline(always)]
 fn weight(state: &Instance) -> Option<u32> {
     let most = CONFIG.load().max_live_of_instance;
+    if most == 0 {
+        return Some(1);
+    }
     // SAFETY: a field of a live map element; the helper takes no argument.
     unsafe {
-        if most == 0 || (&raw const state.live_blocks).read_volatile() < u64::from(most) {
-            return Some(1);
-        }
-        if !bpf_get_prandom_u32().is_multiple_of(SAMPLED_WEIGHT) {
+        let live_blocks = (&raw const state.live_blocks).read_volatile();
+        let weight = sampled_weight(live_blocks, u64::from(most));
+        // A power of two.
+        if weight > 1 && bpf_get_prandom_u32() & (weight - 1) != 0 {
             add_u64((&raw const state.sampled_out).cast_mut(), 1);
             return None;
         }
+        Some(weight)
     }
-    Some(SAMPLED_WEIGHT)
 }
 
 /// # Safety
@@ -309,19 +312,17 @@ fn header(kind: EventKind, instance: u32, detail: u32) -> EventHeader {
     }
 }
 
-/// Of so many sites one is kept for the blocks of instances to come.
-const SITES_PER_RESERVED: u32 = 16;
-
-/// Id of a site that nobody has, of the first `max_sites`.
+/// Id of a site that nobody has, but for the reserved ones.
 #[inline(always)]
-fn free_site(max_sites: u32) -> Option<u32> {
+fn free_site() -> Option<u32> {
+    let most = first_reserved(CONFIG.load().max_sites);
     let count = SITE_COUNT.get_ptr_mut(0)?;
     // Looked at first, so that a full table does not make the counter wrap.
     // SAFETY: an aligned live map element.
-    if unsafe { count.read_volatile() } < max_sites {
+    if unsafe { count.read_volatile() } < most {
         // SAFETY: as above.
         let id = unsafe { fetch_add_u32(count, 1) };
-        if id < max_sites {
+        if id < most {
             return Some(id);
         }
     }
@@ -331,7 +332,10 @@ fn free_site(max_sites: u32) -> Option<u32> {
 /// Sets a site aside that takes the blocks of an instance's family whose stacks find no site.
 #[inline(always)]
 pub(crate) fn reserve_site(instance: u32, family: Family) -> Option<u32> {
-    let id = free_site(CONFIG.load().max_sites)?;
+    let id = match RESERVED_SITES.pop() {
+        Ok(Some(id)) => id,
+        _ => free_site()?,
+    };
     let site = SITES.get_ptr_mut(id)?;
     // SAFETY: nobody else has this id yet.
     unsafe {
@@ -349,6 +353,27 @@ pub(crate) fn reserve_site(instance: u32, family: Family) -> Option<u32> {
     Some(id)
 }
 
+/// Gives a site back that was set aside for the heap and never used.
+#[inline(always)]
+pub(crate) fn give_back_site(id: u32) {
+    let Some(site) = SITES.get_ptr_mut(id) else {
+        return;
+    };
+    // SAFETY: nobody else has this id.
+    unsafe {
+        (*site).instance = 0;
+        (*site).stack_sent = 0;
+    }
+    let given = if id < first_reserved(CONFIG.load().max_sites) {
+        FREE_SITES.push(id, 0)
+    } else {
+        RESERVED_SITES.push(id, 0)
+    };
+    if given.is_err() {
+        missed::count(Missed::MapErrors);
+    }
+}
+
 /// Gives a new stack its site. Two processors that see the same stack first agree on the one that
 /// got into the map; the other's id stays unused.
 #[inline(always)]
@@ -362,7 +387,7 @@ fn new_site(key: SiteKey, state: &Instance) -> Option<u32> {
             return None;
         }
     }
-    let id = free_site(config.max_sites - config.max_sites / SITES_PER_RESERVED)?;
+    let id = free_site()?;
     // SAFETY: as above.
     unsafe { add_u32(sites, 1) };
     let site = SITES.get_ptr_mut(id)?;

@@ -34,12 +34,19 @@ fn current() -> (u64, u32) {
     (pid_tgid, (pid_tgid >> 32) as u32)
 }
 
+/// The instance that a process works in, if that is still open.
 #[inline(always)]
-fn membership(tgid: u32) -> Option<Membership> {
+fn membership(tgid: u32) -> Option<(Membership, *mut Instance)> {
     // SAFETY: a live map element, copied.
-    PROCESSES
-        .get_ptr(tgid)
-        .map(|membership| unsafe { *membership })
+    let member = unsafe { *PROCESSES.get_ptr(tgid)? };
+    let state = INSTANCES.get_ptr_mut(member.instance)?;
+    // SAFETY: a live map element.
+    if unsafe { (*state).generation } != member.generation {
+        // A child that borrowed the memory of a process that has ended.
+        let _ = PROCESSES.remove(tgid);
+        return None;
+    }
+    Some((member, state))
 }
 
 #[inline(always)]
@@ -72,9 +79,10 @@ fn hold(state: *mut Instance) {
 /// Ends the recording of an instance; its figures stay.
 #[inline(always)]
 fn close(tgid: u32, state: *mut Instance) {
-    let _ = PROCESSES.remove(tgid);
+    // First, as the user side, which may put the membership back at this moment, looks at it after.
     // SAFETY: an aligned field of a live map element.
     unsafe { and_u32(&raw mut (*state).flags, !ARMED) };
+    let _ = PROCESSES.remove(tgid);
 }
 
 /// Opens an instance for a process that has not run in it yet, and begins to record it. With a
@@ -93,7 +101,7 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
     let state = INSTANCES.get_ptr_mut(instance)?;
     // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
     // side closes, after this process was told of.
-    unsafe {
+    let generation = unsafe {
         let (segments, changes, seen) = match parent {
             Some(parent) => (
                 (&raw const (*parent).segments).read_volatile(),
@@ -118,13 +126,24 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         (*state).sites = 0;
         (*state).live_blocks = 0;
         (*state).sampled_out = 0;
-    }
+        (*state).generation = (*state).generation.wrapping_add(1);
+        (*state).tgid = tgid;
+        (*state).generation
+    };
     let membership = Membership {
         instance,
+        generation,
         borrowed: 0,
     };
     if PROCESSES.insert(tgid, membership, 0).is_err() {
         missed::count(Missed::InstancesFull);
+        // SAFETY: as above.
+        unsafe {
+            (*state).flags = 0;
+            (*state).tgid = 0;
+        }
+        ledger::give_back_site(overflow_site);
+        let _ = FREE_INSTANCES.push(instance, 0);
         return None;
     }
     Some(instance)
@@ -157,6 +176,8 @@ fn start(tgid: u32, is_followed: bool) -> Option<()> {
             detail: u32::from(is_followed),
         },
         comm: [0; 16],
+        // SAFETY: no argument.
+        uid: unsafe { bpf_get_current_uid_gid() } as u32,
     };
     // SAFETY: room for as many bytes as are said. If it fails, there is no name.
     unsafe { bpf_get_current_comm((&raw mut event.comm).cast(), 16) };
@@ -180,12 +201,10 @@ fn drop_pending_of(thread_key: u64) {
         return;
     };
     // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &*pending };
+    let pending = unsafe { &mut *pending };
     if pending.return_slot != 0 {
         missed::count(Missed::AbandonedCalls);
-        if pending.old_taken != 0 {
-            ledger::put_back(pending.scope(), pending.old_address, &pending.old);
-        }
+        pending.abandon();
     }
     let _ = PENDING.remove(thread_key);
 }
@@ -200,7 +219,7 @@ pub(crate) fn task_newtask(ctx: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn new_task(ctx: &RawTracePointContext) -> Option<()> {
     let (_, tgid) = current();
-    let parent = membership(tgid)?;
+    let (parent, state) = membership(tgid)?;
     let flags: u64 = ctx.arg(1);
     if flags & CLONE_THREAD != 0 {
         return None;
@@ -209,11 +228,10 @@ fn new_task(ctx: &RawTracePointContext) -> Option<()> {
         missed::count(Missed::MapErrors);
         return None;
     };
-    let state = INSTANCES.get_ptr_mut(parent.instance)?;
     if flags & CLONE_VM != 0 {
         let borrowed = Membership {
-            instance: parent.instance,
             borrowed: 1,
+            ..parent
         };
         // SAFETY: an aligned field of a live map element.
         unsafe { add_u32(&raw mut (*state).borrowers, 1) };
@@ -243,7 +261,7 @@ pub(crate) fn sched_process_exec(_ctx: RawTracePointContext) -> i32 {
 #[inline(always)]
 fn exec() -> Option<()> {
     let (pid_tgid, tgid) = current();
-    let Some(member) = membership(tgid) else {
+    let Some((member, state)) = membership(tgid) else {
         return if is_wanted() {
             start(tgid, false)
         } else {
@@ -251,7 +269,6 @@ fn exec() -> Option<()> {
         };
     };
     drop_pending(pid_tgid);
-    let state = INSTANCES.get_ptr_mut(member.instance)?;
     // SAFETY: a live map element.
     let flags = unsafe { (*state).flags };
     if member.borrowed != 0 {
@@ -283,7 +300,7 @@ fn exit() -> Option<()> {
     let (pid_tgid, tgid) = current();
     // Before the look-up: threads may still be on their way out after the last one was counted.
     drop_pending(pid_tgid);
-    let member = membership(tgid)?;
+    let (member, state) = membership(tgid)?;
     let task = kernel::current_task();
     let Some(live) = kernel::live_threads_of(task) else {
         missed::count(Missed::MapErrors);
@@ -300,7 +317,6 @@ fn exit() -> Option<()> {
         let _ = PROCESSES.remove(tgid);
         return None;
     }
-    let state = INSTANCES.get_ptr_mut(member.instance)?;
     close(tgid, state);
     tell(
         EventKind::Exit,
@@ -321,8 +337,7 @@ pub(crate) fn loader_report(_ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn report() -> Option<()> {
     let (_, tgid) = current();
-    let member = membership(tgid)?;
-    let state = INSTANCES.get_ptr_mut(member.instance)?;
+    let (member, state) = membership(tgid)?;
     // SAFETY: an aligned field of a live map element.
     unsafe { add_u32(&raw mut (*state).code_changes, 1) };
     tell(EventKind::Mapped, tgid, member.instance, 0);

@@ -48,15 +48,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_address: 0,
     return_instance_next: 0,
     mm_brk: 0,
-    starts: Starts {
-        any: 0,
-        by_user: 0,
-        uid: 0,
-        by_cgroup: 0,
-        cgroup_level: 0,
-        padding: 0,
-        cgroup: 0,
-    },
+    starts: Starts::NONE,
 });
 
 /// tgid → the instance it works in. Processes that are not traced have no entry.
@@ -86,13 +78,17 @@ pub(crate) static SITE_IDS: HashMap<SiteKey, u32> =
 #[map]
 pub(crate) static SITES: Array<Site> = Array::with_max_entries(1 << 14, BPF_F_MMAPABLE);
 
-/// Sites handed out so far (one element).
+/// Sites handed out so far, but for reserved ones (one element).
 #[map]
 pub(crate) static SITE_COUNT: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Ids of sites that were handed out and are free again.
 #[map]
 pub(crate) static FREE_SITES: Queue<u32> = Queue::with_max_entries(1 << 14, 0);
+
+/// Ids of reserved sites that are free.
+#[map]
+pub(crate) static RESERVED_SITES: Queue<u32> = Queue::with_max_entries(1 << 10, 0);
 
 /// Thread and family ([`crate::pending::thread_key`]) → the call that the thread is in. An entry stays
 /// until the thread ends, so that the steady state needs look-ups only.

@@ -9,7 +9,7 @@ use tracer_common::{
 };
 
 use crate::{
-    kernel,
+    kernel, ledger,
     maps::{INSTANCES, PENDING},
     missed,
 };
@@ -37,7 +37,8 @@ pub(crate) struct Pending {
     /// Not 0 if the thread has left for another place of its stack, or another stack (`longjmp`,
     /// `setcontext`), since the call was entered.
     pub(crate) jumped: u32,
-    pub(crate) padding: u32,
+    /// [`Instance::generation`] of the instance.
+    pub(crate) generation: u32,
 }
 
 impl Pending {
@@ -45,6 +46,31 @@ impl Pending {
     #[inline(always)]
     pub(crate) fn scope(&self) -> Scope {
         scope(self.instance, Cookie(self.cookie).family())
+    }
+
+    /// Whether the call was made in this instance.
+    #[inline(always)]
+    pub(crate) fn is_of(&self, instance: u32, state: *const Instance) -> bool {
+        // SAFETY: a live map element.
+        self.instance == instance && self.generation == unsafe { (*state).generation }
+    }
+
+    /// The instance that the call was made in, unless it is gone: its process may have been left out
+    /// meanwhile, and its number be another's.
+    #[inline(always)]
+    pub(crate) fn state(&self) -> Option<*mut Instance> {
+        let state = INSTANCES.get_ptr_mut(self.instance)?;
+        self.is_of(self.instance, state).then_some(state)
+    }
+
+    /// Ends the call without a result. What a `realloc` had taken is put back: nobody said that it was
+    /// freed.
+    #[inline(always)]
+    pub(crate) fn abandon(&mut self) {
+        if self.old_taken != 0 && self.state().is_some() {
+            ledger::put_back(self.scope(), self.old_address, &self.old);
+        }
+        self.return_slot = 0;
     }
 }
 
@@ -83,7 +109,7 @@ pub(crate) fn of_thread(thread_key: u64) -> Option<*mut Pending> {
         old_taken: 0,
         instance: 0,
         jumped: 0,
-        padding: 0,
+        generation: 0,
     };
     let _ = PENDING.insert(thread_key, idle, u64::from(BPF_NOEXIST));
     let pending = PENDING.get_ptr_mut(thread_key);

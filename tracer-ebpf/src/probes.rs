@@ -29,10 +29,11 @@ use crate::{
 pub(crate) fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
     let membership = PROCESSES.get_ptr((pid_tgid >> 32) as u32)?;
     // SAFETY: a live map element.
-    let instance = unsafe { (*membership).instance };
+    let (instance, generation) = unsafe { ((*membership).instance, (*membership).generation) };
     let state = INSTANCES.get_ptr_mut(instance)?;
     // SAFETY: a live map element.
-    (unsafe { (*state).flags } & ARMED != 0).then_some((instance, state))
+    let (flags, now) = unsafe { ((*state).flags, (*state).generation) };
+    (flags & ARMED != 0 && generation == now).then_some((instance, state))
 }
 
 #[inline(always)]
@@ -76,7 +77,7 @@ pub(crate) fn alloc_enter(ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn enter(ctx: &ProbeContext) -> Option<()> {
     let pid_tgid = pid_tgid();
-    let (instance, _) = armed_instance(pid_tgid)?;
+    let (instance, state) = armed_instance(pid_tgid)?;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
@@ -85,12 +86,12 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     // SAFETY: a live map element that only this thread uses.
     let pending = unsafe { &mut *pending::of_thread(thread_key)? };
     if pending.return_slot != 0 {
-        if pending.instance == instance && pending::is_nested(pending, stack_pointer) {
+        if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
             return None;
         }
         missed::count(Missed::AbandonedCalls);
         debug!(ctx, "call at {:x} abandoned", pending.return_slot);
-        abandon(pending);
+        pending.abandon();
     }
 
     let registers = Registers::of(regs);
@@ -104,6 +105,8 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     pending.size_bytes = size_bytes;
     pending.out_pointer = registers.get(cookie.out_pointer());
     pending.instance = instance;
+    // SAFETY: a live map element.
+    pending.generation = unsafe { (*state).generation };
     pending.old_address = registers.get(cookie.pointer());
     pending.old_taken = 0;
     // The address may be handed out again the moment that the allocator has it.
@@ -139,15 +142,6 @@ fn product(a: u64, b: u64) -> u64 {
     if product < low { u64::MAX } else { product }
 }
 
-/// What an abandoned `realloc` had taken is put back: nobody said that it was freed.
-#[inline(always)]
-fn abandon(pending: &mut Pending) {
-    if pending.old_taken != 0 {
-        ledger::put_back(pending.scope(), pending.old_address, &pending.old);
-    }
-    pending.return_slot = 0;
-}
-
 /// Return of a function that allocates.
 #[uretprobe]
 pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
@@ -176,19 +170,21 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
         {
             // A call outside the pending one returns: the pending one was abandoned.
             missed::count(Missed::AbandonedCalls);
-            abandon(pending);
+            pending.abandon();
         }
         // Else a nested call returns, which is its caller's affair.
         return None;
     }
 
     // An `exec` would have dropped the call, so the thread is still in the instance it was in.
-    let instance = pending.instance;
-    let state = INSTANCES.get_ptr_mut(instance)?;
+    let Some(state) = pending.state() else {
+        pending.return_slot = 0;
+        return None;
+    };
     // SAFETY: a live map element.
     if unsafe { (*state).flags } & ARMED == 0 {
         // Disarmed meanwhile: the books stay as they were at that moment.
-        abandon(pending);
+        pending.abandon();
         return None;
     }
     pending.return_slot = 0;
@@ -294,7 +290,7 @@ fn free(ctx: &ProbeContext) -> Option<()> {
             }
             // An abandoned `realloc` may have taken this very block.
             missed::count(Missed::AbandonedCalls);
-            abandon(pending);
+            pending.abandon();
             if let Some(block) = ledger::take(scope, address) {
                 last_freed::remember(thread_key, address);
                 ledger::count_free(state, &block);

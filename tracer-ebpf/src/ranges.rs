@@ -17,7 +17,7 @@ use tracer_common::{
 
 use crate::{
     kernel, ledger,
-    maps::{EVENTS, INSTANCES, PENDING},
+    maps::{EVENTS, PENDING},
     missed,
     pending::{self, Pending, thread_key},
     probes::{armed_instance, cookie, pid_tgid, refuse_private_stack},
@@ -67,7 +67,7 @@ pub(crate) fn range_enter(ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn enter(ctx: &ProbeContext) -> Option<()> {
     let pid_tgid = pid_tgid();
-    let (instance, _) = armed_instance(pid_tgid)?;
+    let (instance, state) = armed_instance(pid_tgid)?;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
@@ -83,7 +83,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     // SAFETY: a live map element that only this thread uses.
     let pending = unsafe { &mut *pending::of_thread(thread_key(pid_tgid, cookie.family()))? };
     if pending.return_slot != 0 {
-        if pending.instance == instance && pending::is_nested(pending, stack_pointer) {
+        if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
             return None;
         }
         missed::count(Missed::AbandonedCalls);
@@ -96,6 +96,8 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     pending.old_address = registers.get(cookie.pointer());
     pending.old_taken = 0;
     pending.instance = instance;
+    // SAFETY: a live map element.
+    pending.generation = unsafe { (*state).generation };
     pending.jumped = 0;
     if cookie.does(RangeCall::Break) {
         pending.old_address = kernel::program_break()?;
@@ -134,9 +136,8 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
         return None;
     }
     pending.return_slot = 0;
-    let state = INSTANCES.get_ptr_mut(pending.instance)?;
     // SAFETY: a live map element.
-    let state = unsafe { &*state };
+    let state = unsafe { &*pending.state()? };
     if state.flags & ARMED == 0 || result >= LEAST_ERROR {
         tell(RangeStep::Failed, pending, 0, 0, 0);
         return None;

@@ -15,7 +15,7 @@ use aya_ebpf::{
 use tracer_common::{
     event::{EventHeader, EventKind, MAX_FRAMES, STACK_COPY_BYTES, StackCopyEvent, StackEnd},
     instance::Instance,
-    unwind::{Rule, RuleKind, rule_cfa_offset, rule_frame_pointer_offset, rule_kind},
+    unwind::{Rule, RuleKind, Segments, rule_cfa_offset, rule_frame_pointer_offset, rule_kind},
 };
 
 use crate::{
@@ -74,8 +74,8 @@ impl Stack {
             };
             walk.code.forget();
             walk.segments = SegmentList {
-                first: segments as u32,
-                count: (segments >> 32) as u32,
+                first: Segments(segments).first(),
+                count: Segments(segments).count(),
             };
             (*scratch).event.hash = 0;
             (*scratch).event.depth = 0;

@@ -203,8 +203,8 @@ pub struct TraceOptions {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_SITES,
           value_parser = clap::value_parser!(u32).range(16..=1 << 22))]
     pub max_sites: u32,
-    /// Live blocks of one process from which on only one in 16 new ones is recorded, and stands for 16
-    /// [default: --max-live for one process, a quarter of it for several]
+    /// Live blocks of one process from which on only one in 16 new ones is recorded, and stands for 16;
+    /// fewer the more it has [default: --max-live for one process, a quarter of it for several]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_live_per_process: Option<u32>,
     /// Different stacks of one process [default: --max-sites for one process, a quarter of it for

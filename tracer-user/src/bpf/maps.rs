@@ -107,6 +107,24 @@ fn page_bytes() -> usize {
     usize::try_from(bytes).unwrap_or(4096)
 }
 
+/// Takes an element out of a hash map, at once. None if it is not there.
+pub fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = std::mem::MaybeUninit::<V>::uninit();
+    // SAFETY: a key of the map's size, and room for a value.
+    match unsafe {
+        sys::map_take(
+            map,
+            std::ptr::from_ref(key).cast(),
+            value.as_mut_ptr().cast(),
+        )
+    } {
+        // SAFETY: the kernel wrote it; any bit pattern is a value.
+        Ok(()) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Calls `visit` for every element of a hash map, some thousand a system call.
 ///
 /// While the map changes, elements can be seen twice or not at all.

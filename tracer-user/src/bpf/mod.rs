@@ -1,8 +1,10 @@
 //! Everything that talks to the kernel's BPF: loading, maps, links.
 
+mod instances;
 pub mod kernel_types;
 pub mod links;
 pub mod maps;
+mod sites;
 mod sys;
 pub mod tables;
 pub mod tracer;

@@ -144,6 +144,25 @@ pub(super) fn link_uprobe_multi(
     bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(owned)
 }
 
+/// Takes an element out of a hash map.
+///
+/// # Safety
+///
+/// `key` and `value` have the sizes of the map's keys and values.
+pub(super) unsafe fn map_take(
+    map: BorrowedFd<'_>,
+    key: *const u8,
+    value: *mut u8,
+) -> io::Result<()> {
+    let mut attr = zeroed();
+    // SAFETY: the member that the command reads.
+    let element = unsafe { &mut attr.__bindgen_anon_2 };
+    element.map_fd = map.as_raw_fd() as u32;
+    element.key = key as u64;
+    element.__bindgen_anon_1.value = value as u64;
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr).map(|_| ())
+}
+
 /// Reads up to `keys.len() / key_bytes` elements of a hash map from a cursor on. Gives how many
 /// were read, and whether the end was reached.
 pub(super) fn map_lookup_batch(

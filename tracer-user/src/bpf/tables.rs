@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tracer_common::unwind::{CHUNK_WORDS, MAX_SEGMENTS, Segment};
+use tracer_common::unwind::{CHUNK_WORDS, MAX_SEGMENTS, Segment, Segments};
 
 use super::maps::MappedArray;
 
@@ -33,9 +33,11 @@ pub struct UnwindMaps {
     chunks: Room,
     segments: MappedArray<Segment>,
     places: Room,
-    /// How many instances have the segments from a place on, which children share with who forked
+    /// How many instances have segments, by number of the first: children share them with who forked
     /// them.
-    users: HashMap<u32, u32>,
+    users: HashMap<u32, (Segments, u32)>,
+    /// The last that were placed.
+    serial: u16,
 }
 
 impl UnwindMaps {
@@ -50,6 +52,7 @@ impl UnwindMaps {
             places: Room::new(u32::try_from(segments.elements())?),
             segments,
             users: HashMap::new(),
+            serial: 0,
         })
     }
 
@@ -72,9 +75,10 @@ impl UnwindMaps {
 
     /// Puts an instance's segments into the kernel, sorted by address, and gives what
     /// `Instance::segments` becomes. None if there is no room.
-    pub fn place(&mut self, segments: &[Segment]) -> Option<u64> {
-        let count = u32::try_from(segments.len()).ok()?.min(MAX_SEGMENTS);
-        let first = self.places.take(count)?;
+    pub fn place(&mut self, segments: &[Segment]) -> Option<Segments> {
+        const { assert!(MAX_SEGMENTS <= u16::MAX as u32) };
+        let count = segments.len().min(MAX_SEGMENTS as usize) as u16;
+        let first = self.places.take(u32::from(count))?;
         for (index, segment) in segments.iter().take(count as usize).enumerate() {
             // SAFETY: an element that no instance refers to yet.
             unsafe {
@@ -83,36 +87,35 @@ impl UnwindMaps {
                     .write_volatile(*segment);
             }
         }
+        self.serial = self.serial.wrapping_add(1);
+        let placed = Segments::new(first, count, self.serial);
         if count > 0 {
-            self.users.insert(first, 1);
+            self.users.insert(first, (placed, 1));
         }
-        Some(u64::from(count) << 32 | u64::from(first))
+        Some(placed)
     }
 
     /// Has another instance use segments: what [`UnwindMaps::place`] gave. False if nobody uses them
     /// any more.
-    pub fn share(&mut self, segments: u64) -> bool {
-        if segments >> 32 == 0 {
-            return false;
+    pub fn share(&mut self, segments: Segments) -> bool {
+        match self.users.get_mut(&segments.first()) {
+            Some((placed, users)) if *placed == segments => {
+                *users += 1;
+                true
+            }
+            _ => false,
         }
-        let users = self.users.get_mut(&(segments as u32));
-        users.is_some_and(|users| {
-            *users += 1;
-            true
-        })
     }
 
     /// Ends one instance's use of segments. Their room is given back with the last.
-    pub fn displace(&mut self, segments: u64) {
-        let (first, count) = (segments as u32, (segments >> 32) as u32);
-        if count == 0 {
-            return;
-        }
-        if let Some(users) = self.users.get_mut(&first) {
+    pub fn displace(&mut self, segments: Segments) {
+        if let Some((placed, users)) = self.users.get_mut(&segments.first())
+            && *placed == segments
+        {
             *users -= 1;
             if *users == 0 {
-                self.users.remove(&first);
-                self.places.give_back(first, count);
+                self.users.remove(&segments.first());
+                self.places.give_back(segments.first(), segments.count());
             }
         }
     }

@@ -1,35 +1,34 @@
 //! The loaded BPF programs and maps of one session.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     os::fd::{AsFd as _, AsRawFd as _, RawFd},
     path::Path,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use anyhow::{Context as _, anyhow, bail};
 use aya::{
     Ebpf, EbpfError, EbpfLoader, Pod,
-    maps::{HashMap, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
+    maps::{self, Map, MapData, MapError, PerCpuArray, Queue, RingBuf},
     programs::{RawTracePoint, raw_trace_point::RawTracePointLinkId},
 };
 use aya_log::EbpfLogger;
-use aya_obj::generated::BPF_NOEXIST;
 use serde::Serialize;
 use tracer_common::{
     alloc_spec::{Family, HEAP},
     config::{CONFIG_SYMBOL, Config, Starts},
-    instance::{ARMED, Instance, MAX_INSTANCES, Membership},
-    ledger::{Block, BlockKey, instance_of, scope},
+    instance::{Instance, MAX_INSTANCES},
     missed::Missed,
-    site::{COPY_SENT, FRAMES_SENT, Site, SiteKey},
+    site::{Site, first_reserved},
     unwind::Segment,
 };
 
 use super::{
+    instances::number_instances,
     kernel_types,
     links::{Attacher, Link, Point, ProbeProgram, Scope},
-    maps::{MappedArray, for_each},
+    maps::MappedArray,
+    sites::number_reserved_sites,
     tables::{CHUNK_BYTES, UnwindMaps},
 };
 
@@ -49,8 +48,8 @@ pub struct Limits {
     pub max_live_blocks: u32,
     /// Different stacks.
     pub max_sites: u32,
-    /// Live blocks of one process from which on only one in
-    /// [`SAMPLED_WEIGHT`](tracer_common::config::SAMPLED_WEIGHT) is recorded.
+    /// Live blocks of one process from which on only some are recorded, see
+    /// [`sampled_weight`](tracer_common::config::sampled_weight).
     pub max_live_of_process: u32,
     /// Different stacks of one process.
     pub max_sites_of_process: u32,
@@ -82,15 +81,7 @@ impl Limits {
         max_depth: 1,
         unwind_bytes: CHUNK_BYTES,
         copy_all_stacks: false,
-        starts: Starts {
-            any: 0,
-            by_user: 0,
-            uid: 0,
-            by_cgroup: 0,
-            cgroup_level: 0,
-            padding: 0,
-            cgroup: 0,
-        },
+        starts: Starts::NONE,
         families: HEAP,
     };
 
@@ -136,17 +127,17 @@ pub struct LoadedProgram {
 
 /// The loaded programs and maps. Dropping it unloads everything.
 pub struct Tracer {
-    ebpf: Ebpf,
+    pub(super) ebpf: Ebpf,
     attacher: Attacher,
     /// What opens instances, and closes them, by the tracepoint.
-    starts: std::collections::HashMap<&'static str, RawTracePointLinkId>,
-    unwind: UnwindMaps,
-    instances: MappedArray<Instance>,
-    sites: MappedArray<Site>,
+    pub(super) starts: HashMap<&'static str, RawTracePointLinkId>,
+    pub(super) unwind: UnwindMaps,
+    pub(super) instances: MappedArray<Instance>,
+    pub(super) sites: MappedArray<Site>,
     /// One element: how many sites were handed out.
-    site_count: MappedArray<u64>,
-    max_sites: u32,
-    families: Family,
+    pub(super) site_count: MappedArray<u64>,
+    pub(super) max_sites: u32,
+    pub(super) families: Family,
     /// Diagnostics of the programs, where they are asked for.
     log: Option<EbpfLogger<&'static dyn log::Log>>,
 }
@@ -183,6 +174,7 @@ impl Tracer {
         } else {
             0
         };
+        let reserved = (limits.max_sites - first_reserved(limits.max_sites)).max(1);
         let mut ebpf = EbpfLoader::new()
             .override_global(CONFIG_SYMBOL, &config, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
@@ -190,12 +182,14 @@ impl Tracer {
             .map_max_entries("SITES", limits.max_sites)
             .map_max_entries("SITE_IDS", limits.max_sites)
             .map_max_entries("FREE_SITES", limits.max_sites)
+            .map_max_entries("RESERVED_SITES", reserved)
             .map_max_entries("TABLES", limits.table_chunks())
             .map_max_entries("SEGMENTS", SEGMENTS)
             .load(OBJECT)
             .map_err(|error| explain(error, &limits))?;
         number_instances(&mut ebpf)?;
-        let mut starts = std::collections::HashMap::new();
+        number_reserved_sites(&mut ebpf, limits.max_sites)?;
+        let mut starts = HashMap::new();
         for name in RAW_TRACEPOINTS {
             let program: &mut RawTracePoint = ebpf
                 .program_mut(name)
@@ -318,317 +312,22 @@ impl Tracer {
             .attach(&mut self.ebpf, program, file, points, scope)
     }
 
-    fn queue(&mut self, name: &str) -> anyhow::Result<Queue<&mut MapData, u32>> {
+    pub(super) fn queue(&mut self, name: &str) -> anyhow::Result<Queue<&mut MapData, u32>> {
         queue(&mut self.ebpf, name)
     }
 
-    /// Opens an instance for a process; it does not record before [`Tracer::arm`].
-    pub fn open_instance(&mut self, pid: u32, flags: u32) -> anyhow::Result<u32> {
-        let instance = match self.queue("FREE_INSTANCES")?.pop(0) {
-            Ok(instance) => instance,
-            Err(MapError::ElementNotFound | MapError::KeyNotFound) => {
-                bail!("more than {MAX_INSTANCES} processes at a time")
-            }
-            Err(error) => return Err(error).context("failed to open a process instance"),
-        };
-        let opened = self.open_numbered(instance, pid, flags);
-        if opened.is_err() {
-            // Its sites, if it has some by now, go with it.
-            self.recycle(&HashSet::from([instance]))?;
+    /// Takes a number from a queue, if there is one.
+    pub(super) fn pop(&mut self, name: &str) -> anyhow::Result<Option<u32>> {
+        match self.queue(name)?.pop(0) {
+            Ok(id) => Ok(Some(id)),
+            Err(MapError::ElementNotFound | MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("failed to take from {name}")),
         }
-        opened?;
-        Ok(instance)
-    }
-
-    fn open_numbered(&mut self, instance: u32, pid: u32, flags: u32) -> anyhow::Result<()> {
-        let overflow_site = self.reserve_site(instance, HEAP)?;
-        for family in 1..=self.families {
-            let id = self.reserve_site(instance, family)?;
-            let key = SiteKey {
-                stack_hash: 0,
-                scope: scope(instance, family),
-            };
-            self.site_ids()?
-                .insert(key, id, 0)
-                .context("failed to set a site aside")?;
-        }
-        let state = Instance {
-            flags,
-            overflow_site,
-            ..Instance::default()
-        };
-        // SAFETY: no program uses this instance before the membership below names it.
-        unsafe {
-            self.instances
-                .pointer(instance as usize)
-                .write_volatile(state)
-        };
-        self.processes()?
-            .insert(
-                pid,
-                Membership {
-                    instance,
-                    borrowed: 0,
-                },
-                u64::from(BPF_NOEXIST),
-            )
-            .with_context(|| format!("failed to register PID {pid}"))?;
-        Ok(())
-    }
-
-    /// Records no more of a process, which may go on, or be gone.
-    pub fn forget_process(&mut self, pid: u32, instance: u32) -> anyhow::Result<()> {
-        self.disarm(instance);
-        let mut processes = self.processes()?;
-        // Another process may have the number by now.
-        if processes
-            .get(&pid, 0)
-            .is_ok_and(|member| member.instance == instance)
-        {
-            remove(&mut processes, &pid).context("failed to forget a process")?;
-        }
-        Ok(())
-    }
-
-    /// The instance that a process is now.
-    pub fn instance_of(&mut self, pid: u32) -> anyhow::Result<Option<u32>> {
-        let processes = self.processes()?;
-        Ok(processes.get(&pid, 0).ok().map(|member| member.instance))
-    }
-
-    fn site_counter(&self) -> &AtomicU32 {
-        // SAFETY: an aligned word of a mapping that lives as long as `self`; programs change it
-        // atomically.
-        unsafe { AtomicU32::from_ptr(self.site_count.pointer(0).cast()) }
-    }
-
-    fn site_ids(&mut self) -> anyhow::Result<HashMap<&mut MapData, SiteKey, u32>> {
-        let map = self
-            .ebpf
-            .map_mut("SITE_IDS")
-            .ok_or_else(|| anyhow!("no map SITE_IDS"))?;
-        Ok(HashMap::try_from(map)?)
-    }
-
-    /// Sets a site aside that takes an instance's blocks of a family when the table is full.
-    fn reserve_site(&mut self, instance: u32, family: Family) -> anyhow::Result<u32> {
-        let max_sites = self.max_sites;
-        let next = self
-            .site_counter()
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| {
-                (count < max_sites).then_some(count + 1)
-            });
-        let id = match next {
-            Ok(id) => id,
-            Err(_) => self.queue("FREE_SITES")?.pop(0).map_err(|error| {
-                anyhow!(error).context("the site table is full (raise --max-sites)")
-            })?,
-        };
-        let site = self.sites.pointer(id as usize);
-        // SAFETY: a live element of the mapping, which nobody else uses.
-        unsafe {
-            (&raw mut (*site).instance).write_volatile(instance);
-            (&raw mut (*site).family).write_volatile(u32::from(family));
-            (&raw mut (*site).stack_sent).write_volatile(FRAMES_SENT | COPY_SENT);
-        }
-        Ok(id)
-    }
-
-    /// Gives the numbers of ended instances free, and the ids of their sites, which it returns. Their
-    /// blocks are out of the ledger.
-    pub fn recycle(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<u32>> {
-        let mut sites = Vec::new();
-        for id in 0..self.site_count() {
-            let site = self.sites.pointer(id as usize);
-            // SAFETY: a live element of the mapping.
-            let (instance, family, stack_hash) = unsafe {
-                (
-                    (&raw const (*site).instance).read_volatile(),
-                    (&raw const (*site).family).read_volatile() as Family,
-                    (&raw const (*site).stack_hash).read_volatile(),
-                )
-            };
-            if !instances.contains(&instance) {
-                continue;
-            }
-            let key = SiteKey {
-                stack_hash,
-                scope: scope(instance, family),
-            };
-            // The heap's overflow site has no entry.
-            remove(&mut self.site_ids()?, &key).context("failed to free a site")?;
-            // SAFETY: no thread of the instance is left that could use it, and nobody has its id.
-            unsafe { site.write_bytes(0, 1) };
-            self.queue("FREE_SITES")?
-                .push(id, 0)
-                .context("failed to free a site")?;
-            sites.push(id);
-        }
-        let mut free = self.queue("FREE_INSTANCES")?;
-        for instance in instances {
-            free.push(instance, 0)
-                .context("failed to free a process instance")?;
-        }
-        Ok(sites)
-    }
-
-    fn flags(&self, instance: u32) -> &AtomicU32 {
-        let state = self.instances.pointer(instance as usize);
-        // SAFETY: an aligned field of a mapping that lives as long as `self`; programs change it
-        // atomically.
-        unsafe { AtomicU32::from_ptr(&raw mut (*state).flags) }
-    }
-
-    /// Begins to record, if that has not begun.
-    pub fn arm(&self, instance: u32) {
-        if self.instance(instance).armed_at_ns != 0 {
-            return;
-        }
-        let state = self.instances.pointer(instance as usize);
-        // SAFETY: a live element; programs read the field only once the flag below is set.
-        unsafe { (&raw mut (*state).armed_at_ns).write_volatile(monotonic_ns()) };
-        self.flags(instance).fetch_or(ARMED, Ordering::SeqCst);
-    }
-
-    /// Ends recording. To be called before the first probe is taken away: half a set of probes
-    /// makes false leaks.
-    pub fn disarm(&self, instance: u32) {
-        self.flags(instance).fetch_and(!ARMED, Ordering::SeqCst);
-    }
-
-    /// Ends recording of all instances, and opens no more.
-    pub fn disarm_all(&mut self) -> anyhow::Result<()> {
-        for name in ["task_newtask", "sched_process_exec"] {
-            if let Some(link) = self.starts.remove(name) {
-                let program: &mut RawTracePoint = self
-                    .ebpf
-                    .program_mut(name)
-                    .ok_or_else(|| anyhow!("the BPF object has no program {name}"))?
-                    .try_into()?;
-                program
-                    .detach(link)
-                    .with_context(|| format!("failed to detach from {name}"))?;
-            }
-        }
-        for instance in 0..MAX_INSTANCES {
-            self.disarm(instance);
-        }
-        Ok(())
-    }
-
-    /// Clears a flag other than [`ARMED`].
-    pub fn clear_flag(&self, instance: u32, flag: u32) {
-        self.flags(instance).fetch_and(!flag, Ordering::SeqCst);
-    }
-
-    /// State of an instance.
-    #[must_use]
-    pub fn instance(&self, instance: u32) -> Instance {
-        self.instances.read(instance as usize)
     }
 
     /// The unwind tables.
     pub const fn unwind(&mut self) -> &mut UnwindMaps {
         &mut self.unwind
-    }
-
-    /// How often the dynamic loader of an instance said that it changes what is mapped.
-    #[must_use]
-    pub fn code_changes(&self, instance: u32) -> u32 {
-        self.instance(instance).code_changes
-    }
-
-    /// Says that the segments published last are those after so many changes.
-    pub fn code_seen(&self, instance: u32, changes: u32) {
-        let state = self.instances.pointer(instance as usize);
-        // SAFETY: an aligned field of a live element, which no program writes.
-        unsafe { AtomicU32::from_ptr(&raw mut (*state).code_seen) }
-            .store(changes, Ordering::SeqCst);
-    }
-
-    /// Has an instance keep the code segments that it inherited from the one that it was forked from.
-    /// False if they are no more.
-    pub fn inherit_code(&mut self, instance: u32) -> bool {
-        let inherited = self.instance(instance).segments;
-        self.unwind.share(inherited)
-    }
-
-    /// Replaces the code segments of an instance. False, and nothing changes, if there is no room.
-    pub fn publish(&mut self, instance: u32, segments: &[Segment]) -> bool {
-        let Some(placed) = self.unwind.place(segments) else {
-            return false;
-        };
-        let state = self.instances.pointer(instance as usize);
-        // SAFETY: as in `flags`.
-        let current = unsafe { AtomicU64::from_ptr(&raw mut (*state).segments) };
-        let replaced = current.swap(placed, Ordering::SeqCst);
-        self.unwind.displace(replaced);
-        true
-    }
-
-    /// Takes back one stop that the programs asked for. False if there is none: then somebody else
-    /// stopped the process.
-    #[must_use]
-    pub fn take_stop(&self, instance: u32) -> bool {
-        let state = self.instances.pointer(instance as usize);
-        // SAFETY: as in `flags`.
-        let stops = unsafe { AtomicU32::from_ptr(&raw mut (*state).stops) };
-        stops
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |stops| {
-                stops.checked_sub(1)
-            })
-            .is_ok()
-    }
-
-    fn processes(&mut self) -> anyhow::Result<HashMap<&mut MapData, u32, Membership>> {
-        let map = self
-            .ebpf
-            .map_mut("PROCESSES")
-            .ok_or_else(|| anyhow!("no map PROCESSES"))?;
-        Ok(HashMap::try_from(map)?)
-    }
-
-    /// Ids of sites are below this.
-    #[must_use]
-    pub fn site_count(&self) -> u32 {
-        self.site_counter()
-            .load(Ordering::SeqCst)
-            .min(self.max_sites)
-    }
-
-    /// Counters of a site.
-    #[must_use]
-    pub fn site(&self, id: u32) -> Site {
-        self.sites.read(id as usize)
-    }
-
-    /// Whether a site has allocated anything: most of a site's kilobyte need not be read else.
-    #[must_use]
-    pub fn has_allocated(&self, id: u32) -> bool {
-        let site = self.sites.pointer(id as usize);
-        // SAFETY: a field of a live element of the mapping.
-        unsafe { (&raw const (*site).allocs).read_volatile() > 0 }
-    }
-
-    /// A site's instance, and its bytes of the heap not freed. Reads only these: a site is a kilobyte, and this
-    /// is asked of every one at every tick.
-    #[must_use]
-    pub fn live_bytes(&self, id: u32) -> (u32, u64) {
-        let site = self.sites.pointer(id as usize);
-        // SAFETY: fields of a live element of the mapping, which programs add to.
-        let (instance, family, allocated, freed) = unsafe {
-            (
-                (&raw const (*site).instance).read_volatile(),
-                (&raw const (*site).family).read_volatile(),
-                (&raw const (*site).alloc_bytes).read_volatile(),
-                (&raw const (*site).freed_bytes).read_volatile(),
-            )
-        };
-        let live_bytes = match family == u32::from(HEAP) {
-            true => allocated.saturating_sub(freed),
-            false => 0,
-        };
-        (instance, live_bytes)
     }
 
     /// Missed events so far, all counters.
@@ -651,56 +350,19 @@ impl Tracer {
             })
             .collect()
     }
-
-    /// Visits every live block, some thousand a system call.
-    pub fn for_each_block(&self, visit: impl FnMut(BlockKey, Block)) -> anyhow::Result<()> {
-        for_each(data(&self.ebpf, "LEDGER")?.fd().as_fd(), visit)
-            .context("failed to read the ledger")
-    }
-
-    /// Takes the live blocks of ended instances out of the ledger, so that they take no room.
-    pub fn purge(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<(u32, Block)>> {
-        let mut found = Vec::new();
-        self.for_each_block(|key, block| {
-            let instance = instance_of(key.scope);
-            if instances.contains(&instance) {
-                found.push((key, instance, block));
-            }
-        })?;
-        let map = self
-            .ebpf
-            .map_mut("LEDGER")
-            .ok_or_else(|| anyhow!("no map LEDGER"))?;
-        let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
-        let mut blocks = Vec::with_capacity(found.len());
-        for (key, instance, block) in found {
-            if remove(&mut ledger, &key).context("failed to purge the ledger")? {
-                blocks.push((instance, block));
-            }
-        }
-        Ok(blocks)
-    }
 }
 
-fn queue<'a>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<Queue<&'a mut MapData, u32>> {
+pub(super) fn queue<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> anyhow::Result<Queue<&'a mut MapData, u32>> {
     let map = ebpf.map_mut(name).ok_or_else(|| anyhow!("no map {name}"))?;
     Ok(Queue::try_from(map)?)
 }
 
-/// Gives the instances their numbers, which the programs take from the moment that they are attached.
-fn number_instances(ebpf: &mut Ebpf) -> anyhow::Result<()> {
-    let mut free = queue(ebpf, "FREE_INSTANCES")?;
-    // 0 is nobody's: so a site that was never used, or is free again, looks.
-    for instance in 1..MAX_INSTANCES {
-        free.push(instance, 0)
-            .context("failed to number the instances")?;
-    }
-    Ok(())
-}
-
 /// Removes an element, if it is there; gives whether it was.
-fn remove<K: Pod, V: Pod>(
-    map: &mut HashMap<&mut MapData, K, V>,
+pub(super) fn remove<K: Pod, V: Pod>(
+    map: &mut maps::HashMap<&mut MapData, K, V>,
     key: &K,
 ) -> Result<bool, MapError> {
     match map.remove(key) {
@@ -715,7 +377,7 @@ fn remove<K: Pod, V: Pod>(
     }
 }
 
-fn data<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a MapData> {
+pub(super) fn data<'a>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a MapData> {
     match ebpf.map(name) {
         Some(
             Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data),
@@ -775,6 +437,8 @@ pub fn monotonic_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     /// With as many families as there can be, what follows all of a thread's calls is a longer loop.
@@ -800,8 +464,20 @@ mod tests {
         }
         // Each has a site of its own for what finds no room.
         let instance = tracer.open_instance(1, 0).unwrap();
-        assert_eq!(tracer.site_count(), 1 + u32::from(Family::MAX));
-        assert_eq!(tracer.site(5).instance, instance);
-        assert_eq!(tracer.site(5).family, 5);
+        let mut families: Vec<u32> = tracer
+            .site_ids()
+            .map(|id| tracer.site(id))
+            .filter(|site| site.instance == instance)
+            .map(|site| site.family)
+            .collect();
+        families.sort_unstable();
+        assert_eq!(families, Vec::from_iter(0..=u32::from(Family::MAX)));
+        // And gives them back.
+        tracer.forget_process(1, instance).unwrap();
+        assert_eq!(tracer.instance_of(1).unwrap(), None);
+        tracer.recycle(&HashSet::from([instance])).unwrap();
+        assert!(tracer.site_ids().all(|id| tracer.site(id).instance == 0));
+        assert_eq!(tracer.open_instances().count(), 0);
+        assert_ne!(tracer.open_instance(1, 0).unwrap(), 0);
     }
 }

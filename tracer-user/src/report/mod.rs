@@ -43,8 +43,8 @@ pub struct Report {
     pub started: String,
     /// How long it went on, in seconds.
     pub duration_s: f64,
-    /// `exact`: every call was recorded; `sampled`: of some processes one in 16, where they had too many
-    /// blocks.
+    /// `exact`: every call was recorded; `sampled`: of some processes one in 16 or fewer, where they had
+    /// too many blocks.
     pub mode: &'static str,
     /// What was left out on the user's wish.
     pub filters: Filters,

@@ -470,7 +470,7 @@ impl Session {
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
         let mut live: HashMap<u32, u64> = HashMap::new();
-        for id in 0..self.tracer.site_count() {
+        for id in self.tracer.site_ids() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);
             *live.entry(instance).or_default() += live_bytes;
         }
@@ -511,7 +511,7 @@ impl Session {
     /// Sites that were used, by instance.
     fn sites(&self) -> HashMap<u32, Vec<(u32, Site)>> {
         let mut by_instance: HashMap<u32, Vec<(u32, Site)>> = HashMap::new();
-        for id in 0..self.tracer.site_count() {
+        for id in self.tracer.site_ids() {
             if self.tracer.has_allocated(id) {
                 let site = self.tracer.site(id);
                 by_instance
