@@ -15,9 +15,11 @@ pub const CONFIG_SYMBOL: &str = "CONFIG";
 pub const fn sampled_weight(live_blocks: u64, most: u64) -> u32 {
     if live_blocks < most {
         1
-    } else if live_blocks < most + most / 4 {
+    } else if live_blocks < 2 * most {
         16
-    } else if live_blocks < most + most / 2 {
+    } else if live_blocks < 2 * most + most / 2 {
+        64
+    } else if live_blocks < 3 * most {
         256
     } else {
         4096

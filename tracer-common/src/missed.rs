@@ -68,6 +68,9 @@ missed_events! {
     /// A fork, exec or exit found no room in the ring buffer.
     LifecycleDropped = "lifecycle_dropped":
         "process events (fork, exec, exit), perhaps of processes that are not traced, went unseen or could not be handed over",
+    /// A process was gone before it was known whether it was meant; counted by the user side.
+    Unidentified = "unidentified_processes":
+        "processes ended before it could be looked whether they were meant to be traced, and are in no figure",
     /// A child of `unfreed run` could not be stopped, and ran on before its probes stood.
     NotHeld = "not_held":
         "times the program could not be held until its probes stood: its first allocations may be missing",

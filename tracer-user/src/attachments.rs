@@ -20,13 +20,13 @@ use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 use crate::{
     bpf::{
         links::{self, Link, Measure, Point, ProbeProgram, Scope},
-        tracer::Tracer,
+        tracer::{Tracer, monotonic_ns},
     },
     discover::{
         allocators::Call,
         module::{FileId, Function},
     },
-    files::{KnownFile, Segment},
+    files::{AddressSpace, KnownFile, Segment},
 };
 
 /// Processes that share a file from which on one probe for all is cheaper for each of them than one
@@ -49,6 +49,8 @@ pub struct Attachments {
 struct Standing {
     build_id: Option<String>,
     links: Vec<Link>,
+    /// Since when, `CLOCK_MONOTONIC` in nanoseconds.
+    since_ns: u64,
 }
 
 impl Attachments {
@@ -181,6 +183,7 @@ impl Attachments {
             Standing {
                 build_id: build_id.map(str::to_owned),
                 links: attached,
+                since_ns: monotonic_ns(),
             },
         );
         Ok(Vec::new())
@@ -198,11 +201,9 @@ impl Attachments {
         programs: &[(ProbeProgram, Vec<Point>)],
     ) -> bool {
         let known = build_id.is_some()
-            && self
-                .standing
-                .iter()
-                .filter(|((_, is_report), _)| *is_report == key.1)
-                .any(|(_, standing)| standing.build_id.as_deref() == build_id);
+            && self.standing.iter().any(|((_, is_report), standing)| {
+                *is_report == key.1 && standing.build_id.as_deref() == build_id
+            });
         let point = programs.iter().find_map(|(_, points)| points.first());
         let (true, Some(point)) = (known, point) else {
             return false;
@@ -217,16 +218,23 @@ impl Attachments {
                 Standing {
                     build_id: build_id.map(str::to_owned),
                     links: Vec::new(),
+                    since_ns: monotonic_ns(),
                 },
             );
         }
         is_probed
     }
 
-    /// How many times probes were attached that are for all processes.
+    /// Since when all probes stand that are for all processes, in the files that a process has mapped,
+    /// `CLOCK_MONOTONIC` in nanoseconds; 0 if there are none.
     #[must_use]
-    pub fn standing(&self) -> usize {
-        self.standing.len()
+    pub fn stood_at_ns(&self, space: &AddressSpace) -> u64 {
+        let mapped = space.segments().iter().filter(|segment| segment.is_mapped);
+        mapped
+            .filter_map(|segment| self.standing.get(&(segment.mapping.file()?.file, false)))
+            .map(|standing| standing.since_ns)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Takes the probes that are for all away.

@@ -4,7 +4,7 @@
 //! process exits, a library is unloaded, or a file is replaced on disk.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io,
     os::{fd::AsRawFd as _, unix::fs::FileExt as _},
@@ -30,6 +30,8 @@ use crate::{
 /// A mapped file.
 #[derive(Debug)]
 pub struct KnownFile {
+    /// No other file of the session has it.
+    pub number: u64,
     /// Its path as the kernel names it.
     pub path: PathBuf,
     /// Its path as the process sees it, which differs below another root (chroot).
@@ -80,6 +82,8 @@ pub struct Files {
     search: Search,
     debug_file_search: DebugFileSearch,
     known: HashMap<FileId, Rc<KnownFile>>,
+    /// Files opened so far.
+    opened: u64,
     /// The kernel's code for user space, the same in every process of a kind.
     vdsos: Vec<(Vec<u8>, Rc<KnownFile>)>,
 }
@@ -92,8 +96,30 @@ impl Files {
             search,
             debug_file_search,
             known: HashMap::new(),
+            opened: 0,
             vdsos: Vec::new(),
         }
+    }
+
+    /// Files that are held open.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Closes the files that nothing else refers to. Gives the numbers of those that stay.
+    pub fn tidy(&mut self) -> HashSet<u64> {
+        self.known.retain(|_, file| Rc::strong_count(file) > 1);
+        let all = self
+            .known
+            .values()
+            .chain(self.vdsos.iter().map(|(_, file)| file));
+        all.map(|file| file.number).collect()
+    }
+
+    fn number(&mut self) -> u64 {
+        self.opened += 1;
+        self.opened
     }
 
     /// What is behind a mapping, opened and read at first sight. None if the process made it up.
@@ -127,6 +153,7 @@ impl Files {
             .as_ref()
             .map_or_else(|| part.path.clone(), |root| root.inside(&part.path));
         let known = Rc::new(KnownFile {
+            number: self.number(),
             path: part.path.clone(),
             is_elf: is_regular && handle.as_ref().is_none_or(is_elf),
             module: match &handle {
@@ -160,6 +187,7 @@ impl Files {
         let file = File::from(memfd_create(c"vdso", MFdFlags::MFD_CLOEXEC)?);
         file.write_all_at(&image, 0)?;
         let known = Rc::new(KnownFile {
+            number: self.number(),
             path: PathBuf::from("[vdso]"),
             path_inside: PathBuf::from("[vdso]"),
             is_elf: true,

@@ -6,6 +6,7 @@
 //! [`session`] drains what the kernel side says, [`symbolize`] gives names to it, and [`report`]
 //! writes it down. [`commands`] are the verbs, [`args`] their command line.
 
+pub mod account;
 pub mod args;
 pub mod attachments;
 pub mod bpf;
@@ -20,6 +21,7 @@ pub mod glob;
 pub mod growth;
 pub mod host;
 pub mod page_faults;
+pub mod past;
 pub mod preflight;
 pub mod probe_point;
 pub mod ranges;
@@ -27,7 +29,6 @@ pub mod report;
 pub mod session;
 pub mod signals;
 pub mod stacks;
-pub mod summary;
 pub mod symbolize;
 pub mod target;
 pub mod terminal;

@@ -10,7 +10,7 @@ use tracer_common::{
     site::Site,
 };
 
-use crate::summary::Ages;
+use crate::account::Ages;
 
 /// Calls that took something and of which nothing was heard since, at most: their threads ended.
 const MAX_ASIDE: usize = 4096;

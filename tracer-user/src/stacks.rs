@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// A site's stack, as places in files.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Stack {
     /// The allocator's caller first.
     locations: Vec<Location>,

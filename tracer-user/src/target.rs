@@ -1,13 +1,13 @@
 //! One traced process instance: its probes, and what it has mapped.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use anyhow::bail;
-use tracer_common::{alloc_spec::HEAP, instance::Instance, site::Site, unwind};
+use tracer_common::{alloc_spec::HEAP, instance::HELD, unwind};
 
 use crate::{
     attachments::Attachments,
@@ -28,8 +28,6 @@ use crate::{
     preflight::no_allocator,
     ranges::Ranges,
     report::Exit,
-    stacks::Stack,
-    summary::Ages,
     unwind::{
         copies::{Codes, Copy, Unwinder},
         library::Library,
@@ -50,19 +48,6 @@ pub enum End {
     Replaced,
     /// It is gone, and nobody said how.
     Gone,
-}
-
-/// The figures of a process instance that has ended.
-#[derive(Debug)]
-pub struct Closed {
-    /// Its state on the kernel side at the end.
-    pub state: Instance,
-    /// Its sites, by the ids that they had.
-    pub sites: Vec<(u32, Site)>,
-    /// Their stacks.
-    pub stacks: HashMap<u32, Stack>,
-    /// Ages of the blocks that it did not free.
-    pub ages: HashMap<u32, Ages>,
 }
 
 /// A process instance that is traced.
@@ -91,8 +76,10 @@ pub struct Target {
     pub untraced_children: u32,
     /// Whether its end was told.
     pub is_told: bool,
-    /// What it did, once it has ended and its place is another's.
-    pub closed: Option<Box<Closed>>,
+    /// Whether it is stopped for us now and then, so that its number has to stay its own.
+    pub is_held: bool,
+    /// How many were opened before.
+    pub number: u64,
     /// Whether its code is not what was published.
     pub is_unpublished: bool,
     /// Probes that are for it alone.
@@ -163,7 +150,9 @@ impl Target {
     /// Opens an instance for a process. Nothing is probed yet.
     pub fn open(tracer: &mut Tracer, process: Process, flags: u32) -> anyhow::Result<Self> {
         let instance = tracer.open_instance(process.pid, flags)?;
-        Ok(Self::of_instance(process, instance))
+        let mut target = Self::of_instance(process, instance);
+        target.is_held = flags & HELD != 0;
+        Ok(target)
     }
 
     /// A process whose instance the kernel side opened as it executed its program, and which it records.
@@ -181,7 +170,8 @@ impl Target {
             ranges: Ranges::default(),
             untraced_children: 0,
             is_told: false,
-            closed: None,
+            is_held: false,
+            number: 0,
             is_unpublished: true,
             links: Vec::new(),
             had_own_probes: false,
@@ -200,8 +190,8 @@ impl Target {
 
     /// A child that a traced process forked, which the kernel side records. It has what its parent has.
     #[must_use]
-    pub fn forked(tracer: &mut Tracer, parent: &Self, pid: u32, instance: u32) -> Self {
-        let mut child = Self::of_instance(parent.process.forked(pid), instance);
+    pub fn forked(tracer: &mut Tracer, parent: &Self, process: Process, instance: u32) -> Self {
+        let mut child = Self::of_instance(process, instance);
         child.space = parent.space.forked();
         child.code_changes = tracer.code_changes(instance);
         if tracer.inherit_code(instance) {
@@ -213,7 +203,6 @@ impl Target {
         child.matched.clone_from(&parent.matched);
         child.has_prefixed = parent.has_prefixed;
         child.looked_at = parent.looked_at;
-        child.from_start = true;
         child
     }
 
@@ -576,7 +565,7 @@ impl Target {
     /// Whether it has ended, and nothing keeps its place from being another's.
     #[must_use]
     pub fn is_to_be_closed(&self) -> bool {
-        self.end.is_some() && self.closed.is_none() && !self.has_own_probes()
+        self.end.is_some() && !self.is_held && !self.has_own_probes()
     }
 
     /// Whether probes stand that are for this process alone.

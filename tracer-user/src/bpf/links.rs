@@ -3,7 +3,14 @@
 //! By `uprobe_multi` links where the kernel has them (one system call for all points of a file,
 //! detached in milliseconds), else by perf links (one a point, about 0.1 s each to detach).
 
-use std::{num::NonZeroU32, os::fd::OwnedFd, path::Path, thread, time::Instant};
+use std::{
+    num::NonZeroU32,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context as _, anyhow};
 use aya::{
@@ -140,11 +147,26 @@ pub enum Link {
 /// Takes probes away, all at once: the kernel waits for running programs link by link, and the
 /// waits overlap.
 pub fn detach(links: Vec<Link>) {
+    const MOST_THREADS: usize = 128;
     let (count, start) = (links.len(), Instant::now());
-    thread::scope(|scope| {
-        for link in links {
-            scope.spawn(move || drop(link));
+    let left = Mutex::new(links.into_iter());
+    let next = || {
+        let mut left = left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.next()
+    };
+    let work = || {
+        while let Some(link) = next() {
+            drop(link);
         }
+    };
+    thread::scope(|scope| {
+        for _ in 1..count.min(MOST_THREADS) {
+            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                // Those that there are do it.
+                break;
+            }
+        }
+        work();
     });
     log::info!("{count} links taken away in {:?}", start.elapsed());
 }

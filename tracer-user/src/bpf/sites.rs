@@ -125,6 +125,14 @@ impl Tracer {
         unsafe { (&raw const (*site).allocs).read_volatile() > 0 }
     }
 
+    /// A site's instance; 0 for one that is not used.
+    #[must_use]
+    pub fn instance_of_site(&self, id: u32) -> u32 {
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: a field of a live element of the mapping.
+        unsafe { (&raw const (*site).instance).read_volatile() }
+    }
+
     /// A site's instance, and its bytes of the heap not freed. Reads only these: a site is a kilobyte, and this
     /// is asked of every one at every tick.
     #[must_use]

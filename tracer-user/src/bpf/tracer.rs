@@ -332,23 +332,24 @@ impl Tracer {
 
     /// Missed events so far, all counters.
     pub fn missed(&self) -> anyhow::Result<Vec<(Missed, u64)>> {
+        Missed::ALL
+            .iter()
+            .map(|missed| Ok((*missed, self.missed_of(*missed)?)))
+            .collect()
+    }
+
+    /// Missed events of a kind so far.
+    pub fn missed_of(&self, missed: Missed) -> anyhow::Result<u64> {
         let map = self
             .ebpf
             .map("MISSED")
             .ok_or_else(|| anyhow!("no map MISSED"))?;
         let counters: PerCpuArray<&MapData, u64> = PerCpuArray::try_from(map)?;
-        let left_out = self.left_out()?;
-        Missed::ALL
-            .iter()
-            .map(|missed| {
-                let counted: u64 = counters.get(&(*missed as u32), 0)?.iter().sum();
-                let beside = match missed {
-                    Missed::LifecycleDropped => left_out,
-                    _ => 0,
-                };
-                Ok((*missed, counted + beside))
-            })
-            .collect()
+        let counted: u64 = counters.get(&(missed as u32), 0)?.iter().sum();
+        match missed {
+            Missed::LifecycleDropped => Ok(counted + self.left_out()?),
+            _ => Ok(counted),
+        }
     }
 }
 

@@ -51,9 +51,9 @@ pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
         trace: &args.trace,
         waits: args.wait,
     };
-    let report = block_on(trace("attach", selection, processes, &plan))?;
-    report.give(&args.report, &mut io::stdout())?;
-    Ok(ExitCode::SUCCESS)
+    let traced = block_on(trace("attach", selection, processes, &plan))?;
+    traced.report.give(&args.report, &mut io::stdout())?;
+    traced.trouble.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 /// The processes that are there. It is an error if there are none, unless they are waited for.
@@ -95,13 +95,20 @@ pub(super) struct Plan<'a> {
     pub(super) waits: bool,
 }
 
+/// How a session ended.
+pub(super) struct Traced {
+    pub(super) report: Report,
+    /// Why it ended before it was to, if it did: the report is of what was recorded until then.
+    pub(super) trouble: Option<anyhow::Error>,
+}
+
 /// Traces processes as planned and gives the final report.
 pub(super) async fn trace(
     command: &'static str,
     selection: Selection,
     processes: Vec<Process>,
     plan: &Plan<'_>,
-) -> anyhow::Result<Report> {
+) -> anyhow::Result<Traced> {
     let mut session = Session::new(command, plan.trace, plan.report, selection)?;
     if session.shares_all_probes() {
         preflight::permit_shared(session.host(), plan.trace.force)?;
@@ -128,13 +135,11 @@ pub(super) async fn trace(
     }
     session.plan_probes();
     tell_cost(&session, &cost);
-    let mut index = 0;
-    while index < session.targets().len() {
-        let pid = session.targets()[index].process.pid;
-        match probe(&mut session, index) {
-            Ok(()) => index += 1,
+    for (instance, pid) in instances(&session) {
+        match probe(&mut session, instance) {
+            Ok(()) => {}
             Err(error) => {
-                session.give_up(index);
+                session.give_up(instance);
                 // A process that is gone explains every other error.
                 let error = Process::inspect(pid).err().unwrap_or(error);
                 if !several {
@@ -154,19 +159,30 @@ pub(super) async fn trace(
         return Err(error);
     }
     session.await_tables(reading_tables);
-    for index in 0..session.targets().len() {
-        session.arm(index);
+    for (instance, _) in instances(&session) {
+        session.arm(instance);
     }
     session.restart_clock();
     tell_start(&session, plan);
-    watch(&mut session, &signals, plan).await?;
-    session.stop()?;
-    session.report(true)
+    let watched = watch(&mut session, &signals, plan).await;
+    let stopped = session.stop();
+    Ok(Traced {
+        report: session.report(true)?,
+        trouble: watched.and(stopped).err(),
+    })
 }
 
-/// Opens an instance for a process, if tracing it is safe. Gives its index among the targets; none if
-/// the kernel side has opened one already, of which we are about to hear.
-fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<Option<usize>> {
+/// The instances that are traced, and their PIDs.
+fn instances(session: &Session) -> Vec<(u32, u32)> {
+    let targets = session.targets().values();
+    targets
+        .map(|target| (target.instance, target.process.pid))
+        .collect()
+}
+
+/// Opens an instance for a process, if tracing it is safe. Gives its number; none if the kernel side has
+/// opened one already, of which we are about to hear.
+fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<Option<u32>> {
     let dangers = preflight::check_process(process.pid, session.host())?;
     preflight::permit(process.pid, &dangers, force)?;
     for danger in &dangers {
@@ -180,27 +196,27 @@ fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<
 }
 
 /// Probes what a process has mapped.
-fn probe(session: &mut Session, index: usize) -> anyhow::Result<()> {
-    session.probe(index)?;
-    session.expect_probes(index)?;
-    session.hook_loader(index)?;
+fn probe(session: &mut Session, instance: u32) -> anyhow::Result<()> {
+    session.probe(instance)?;
+    session.expect_probes(instance)?;
+    session.hook_loader(instance)?;
     // What was mapped before the hook stood.
-    session.probe(index)?;
-    session.expect_same_process(index)?;
-    expect_what_was_asked_for(session, index)
+    session.probe(instance)?;
+    session.expect_same_process(instance)?;
+    expect_what_was_asked_for(session, instance)
 }
 
 /// Opens, probes and begins to record a process that came without our being told.
 fn take_up(session: &mut Session, process: Process, force: bool) -> anyhow::Result<()> {
-    let Some(index) = open(session, process, force)? else {
+    let Some(instance) = open(session, process, force)? else {
         return Ok(());
     };
-    if let Err(error) = probe(session, index) {
-        session.give_up(index);
+    if let Err(error) = probe(session, instance) {
+        session.give_up(instance);
         return Err(error);
     }
-    session.await_tables(|| {});
-    session.arm(index);
+    // Its unwind tables come when they are there, as do those of processes that are started.
+    session.arm(instance);
     Ok(())
 }
 
@@ -236,7 +252,7 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
     if targets.is_empty() {
         say(format_args!("waiting for a process to trace; {end}"));
     } else if targets.len() <= FEW {
-        for target in targets {
+        for target in targets.values() {
             say(format_args!(
                 "tracing PID {} ({}): {} allocator functions probed; {end}",
                 target.process.pid,
@@ -245,7 +261,7 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
             ));
         }
     } else {
-        let programs: HashSet<_> = targets.iter().map(|target| &target.process.exe).collect();
+        let programs: HashSet<_> = targets.values().map(|target| &target.process.exe).collect();
         say(format_args!(
             "tracing {} processes of {} programs; {end}",
             targets.len(),
@@ -256,9 +272,9 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
 
 /// Fails if a function that the user named is not there; a prefix that nothing has is only said, as
 /// the allocators without it are probed.
-fn expect_what_was_asked_for(session: &Session, index: usize) -> anyhow::Result<()> {
-    let mut all = session.shortcomings(index);
-    if session.waits_for_functions(index) {
+fn expect_what_was_asked_for(session: &Session, instance: u32) -> anyhow::Result<()> {
+    let mut all = session.shortcomings(instance);
+    if session.waits_for_functions(instance) {
         anyhow::bail!(all.swap_remove(0));
     }
     for one in all {
@@ -278,11 +294,7 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
             .duration
             .unwrap_or(Duration::from_secs(u64::from(u32::MAX)));
     let mut tables = 0;
-    let mut known: HashSet<u32> = session
-        .targets()
-        .iter()
-        .map(|target| target.process.pid)
-        .collect();
+    let mut newcomers = Newcomers::new();
     loop {
         tokio::select! {
             biased;
@@ -294,8 +306,7 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
             _ = ticks.tick() => {
                 session.drain();
                 session.tick()?;
-                session.notice_gone();
-                rescan(session, &mut known, plan);
+                newcomers.take_up(session, plan.trace.force);
                 tables += 1;
                 table(session, plan)?;
                 if plan.count == Some(tables) {
@@ -308,9 +319,9 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
             }
         }
         let several = session.selection().is_open() || plan.trace.follow;
-        for index in session.detach_ended() {
-            if !several {
-                tell_end(&session.targets()[index]);
+        for instance in session.detach_ended() {
+            if let Some(target) = session.targets().get(&instance).filter(|_| !several) {
+                tell_end(target);
             }
         }
         if session.all_ended() && !session.selection().is_open() {
@@ -319,27 +330,46 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
     }
 }
 
-/// Takes up processes that are meant and came without our being told: those that were moved to a
-/// control group, or whose start found no room in the ring buffer.
-fn rescan(session: &mut Session, known: &mut HashSet<u32>, plan: &Plan<'_>) {
-    if !session.selection().is_open() {
-        return;
-    }
-    let selection = session.selection().clone();
-    let mut now = HashSet::new();
-    let mut names = ContainerNames::default();
-    for (pid, process) in selection.find_beside(known, &mut names) {
-        now.insert(pid);
-        if session.is_traced(pid) {
-            continue;
-        }
-        let Ok(process) = process else { continue };
-        if let Err(error) = take_up(session, process, plan.trace.force) {
-            log::info!("{error:#}; left out");
+/// Processes that are meant and came without our being told: those that were moved to a control group.
+struct Newcomers {
+    /// PIDs that were looked at.
+    known: HashSet<u32>,
+    names: ContainerNames,
+    /// When all will be looked at again.
+    forget_at: Instant,
+}
+
+impl Newcomers {
+    fn new() -> Self {
+        Self {
+            known: HashSet::new(),
+            names: ContainerNames::default(),
+            forget_at: Instant::now(),
         }
     }
-    known.extend(now);
-    known.retain(|pid| Process::is_alive(*pid));
+
+    /// Takes up those that came since the last call. To look at a process takes 0.1 ms, so that only new
+    /// ones are looked at, and all of them once a minute.
+    fn take_up(&mut self, session: &mut Session, force: bool) {
+        const AGE: Duration = Duration::from_secs(60);
+        if !session.selection().is_open() {
+            return;
+        }
+        if Instant::now() >= self.forget_at {
+            self.known.clear();
+            self.names = ContainerNames::default();
+            self.forget_at = Instant::now() + AGE;
+        }
+        let selection = session.selection().clone();
+        for (pid, process) in selection.find_new(&mut self.known, &mut self.names) {
+            let Ok(process) = process else { continue };
+            if !session.is_traced(pid)
+                && let Err(error) = take_up(session, process, force)
+            {
+                log::info!("{error:#}; left out");
+            }
+        }
+    }
 }
 
 /// Says that a process is no longer traced, and why.

@@ -45,8 +45,8 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     };
     let selection = Selection::of_pids(&[pid]);
     let server = vec![Process::look(pid)?];
-    let report = block_on(trace("demo", selection, server, &plan))?;
-    report.give(&args.report, &mut io::stdout())?;
+    let traced = block_on(trace("demo", selection, server, &plan))?;
+    traced.report.give(&args.report, &mut io::stdout())?;
     if args.report.format == Format::Text {
         say("
 Both sites are the leak: `open_session` in commands/demo.rs allocates a session and its \

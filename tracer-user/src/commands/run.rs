@@ -102,15 +102,11 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     // What the program was while it was still us is nobody's business.
     held.session.restart_clock();
     let status = held.follow(&signals).await?;
-    let (pid, last) = (held.raw_pid(), held.current);
+    let last = held.current;
     session.stop()?;
     // Why there is nothing to report, if so; of children nobody expects it.
-    for index in 0..session.targets().len() {
-        if session.targets()[index].process.pid == pid
-            && let Err(error) = session.expect_probes(index)
-        {
-            say(format_args!("unfreed: {error:#}"));
-        }
+    if let Err(error) = session.expect_probes(last) {
+        say(format_args!("unfreed: {error:#}"));
     }
     // What it was at last is what the user meant.
     for shortcoming in session.shortcomings(last) {
@@ -199,8 +195,8 @@ const INTERVAL: Duration = Duration::from_millis(100);
 struct Held<'a> {
     session: &'a mut Session,
     child: Pid,
-    /// Index of the target that the child is now.
-    current: usize,
+    /// The instance that the child is now.
+    current: u32,
     args: &'a Run,
     ended: Option<u8>,
     /// Reports of the program's dynamic loader so far.
@@ -290,7 +286,7 @@ impl Held<'_> {
     fn is_ending(&self) -> bool {
         const MOMENTS: u32 = 100;
         (0..MOMENTS).any(|_| {
-            let ended = !Process::is_alive(self.raw_pid());
+            let ended = !Process::before_exec(self.raw_pid()).is_alive();
             if !ended {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -301,11 +297,11 @@ impl Held<'_> {
     /// The child stands, perhaps for us: probes what it has mapped by now and lets it go on.
     fn stopped(&mut self) -> anyhow::Result<()> {
         self.session.drain_all();
-        let instance = self.session.targets()[self.current].instance;
-        if !self.session.tracer().take_stop(instance) {
+        if !self.session.tracer().take_stop(self.current) {
             return Ok(());
         }
-        if self.session.targets()[self.current].end == Some(End::Replaced) {
+        let target = self.session.targets().get(&self.current);
+        if target.is_some_and(|target| target.end == Some(End::Replaced)) {
             self.executed()?;
         } else {
             self.mapped()?;
@@ -322,7 +318,8 @@ impl Held<'_> {
             return Err(refusal.context(format!("{} is not run", process.comm)));
         }
         self.session.detach_ended();
-        if self.session.targets()[self.current].probes() == 0 {
+        let target = self.session.targets().get(&self.current);
+        if target.is_some_and(|target| target.probes() == 0) {
             // The child before its program, or a program without an allocator.
             self.session.give_up(self.current);
         }

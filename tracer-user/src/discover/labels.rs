@@ -2,11 +2,13 @@
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::{self, File},
+    io::Read as _,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
-use procfs::process::Process as ProcProcess;
+use procfs::process::{Process as ProcProcess, Status};
 use serde::Serialize;
 
 /// What a process belongs to.
@@ -96,12 +98,21 @@ impl Labels {
                 .or(cgroups.first())
                 .cloned(),
             uid: status.as_ref().map(|status| status.ruid),
-            namespace_pid: status
-                .and_then(|status| status.nspid)
-                .filter(|pids| pids.len() > 1)
-                .and_then(|pids| u32::try_from(*pids.last()?).ok()),
+            namespace_pid: status.as_ref().and_then(innermost_pid),
         }
     }
+}
+
+/// A process's PID in its own PID namespace, where that is another than ours.
+#[must_use]
+pub fn namespace_pid(pid: u32) -> Option<u32> {
+    let process = ProcProcess::new(i32::try_from(pid).ok()?).ok()?;
+    innermost_pid(&process.status().ok()?)
+}
+
+fn innermost_pid(status: &Status) -> Option<u32> {
+    let pids = status.nspid.as_ref().filter(|pids| pids.len() > 1)?;
+    u32::try_from(*pids.last()?).ok()
 }
 
 const ID_DIGITS: usize = 64;
@@ -173,11 +184,20 @@ impl ContainerNames {
 const MAX_FILE_BYTES: u64 = 16 << 20;
 
 fn json(path: &Path) -> Option<serde_json::Value> {
-    let metadata = fs::metadata(path).ok()?;
-    if !metadata.is_file() || metadata.len() > MAX_FILE_BYTES {
+    // A user's may be a FIFO, or a link to what has effects when it is opened.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+        .ok()?;
+    if !file.metadata().ok()?.is_file() {
         return None;
     }
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    let mut text = Vec::new();
+    let length = file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text).ok()?;
+    (length as u64 <= MAX_FILE_BYTES)
+        .then(|| serde_json::from_slice(&text).ok())
+        .flatten()
 }
 
 fn docker(id: &str) -> Option<String> {

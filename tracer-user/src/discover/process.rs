@@ -22,7 +22,8 @@ pub struct Process {
     pub comm: String,
     /// What it belongs to, where that was looked up.
     pub labels: Labels,
-    /// When it began, in clock ticks since boot: tells it from another with the same PID.
+    /// When it began, in clock ticks since boot: tells it from another with the same PID. 0 if that was
+    /// not looked up.
     start_ticks: u64,
 }
 
@@ -90,12 +91,15 @@ impl Process {
             .is_ok_and(|now| now.start_ticks == self.start_ticks && now.exe == self.exe)
     }
 
-    /// Whether any thread of the process is left.
+    /// Whether any thread of it is left.
     #[must_use]
-    pub fn is_alive(pid: u32) -> bool {
-        open(pid)
+    pub fn is_alive(&self) -> bool {
+        open(self.pid)
             .and_then(|process| Ok(process.stat()?))
-            .is_ok_and(|stat| !is_over(&stat))
+            .is_ok_and(|stat| {
+                let is_same = self.start_ticks == 0 || stat.starttime == self.start_ticks;
+                is_same && !is_over(&stat)
+            })
     }
 
     /// A child of ours that has not executed its program yet.

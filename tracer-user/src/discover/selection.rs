@@ -141,6 +141,36 @@ impl Selection {
             && self.is_in_container(labels)
     }
 
+    /// Whether a process is meant that was gone before anybody could look at more than its name and its
+    /// user; none if these do not tell. The kernel side has seen that it is in the control group, if
+    /// there is one only.
+    #[must_use]
+    pub fn contains_unseen(&self, process: &Process) -> Option<bool> {
+        let any = |names: &[Name]| -> Option<bool> {
+            let known: Vec<_> = names
+                .iter()
+                .map(|name| name.is_of_unseen(process))
+                .collect();
+            if known.contains(&Some(true)) {
+                return Some(true);
+            }
+            (!known.contains(&None)).then_some(false)
+        };
+        let is_named = self.targets.as_deref().map_or(Some(true), any);
+        let is_excluded = any(&self.exclude);
+        let is_of_user = match process.labels.uid {
+            Some(_) => Some(self.is_of_user(&process.labels)),
+            None => self.users.is_empty().then_some(true),
+        };
+        let is_in_cgroup = self.cgroups.is_empty() || self.starts().by_cgroup != 0;
+        let is_there = (is_in_cgroup && self.containers.is_empty()).then_some(true);
+        let all = [is_named, is_excluded.map(|is| !is), is_of_user, is_there];
+        if all.contains(&Some(false)) {
+            return Some(false);
+        }
+        (!all.contains(&None)).then_some(true)
+    }
+
     fn is_of_user(&self, labels: &Labels) -> bool {
         self.users.is_empty() || labels.uid.is_some_and(|uid| self.users.contains(&uid))
     }
@@ -168,13 +198,14 @@ impl Selection {
     /// those that are not named by their PID, kernel threads, unfreed and what ends meanwhile are left
     /// out without a word.
     pub fn find(&self, names: &mut ContainerNames) -> Vec<(u32, anyhow::Result<Process>)> {
-        self.find_beside(&HashSet::new(), names)
+        self.find_new(&mut HashSet::new(), names)
     }
 
-    /// As [`Selection::find`], without those that are known.
-    pub fn find_beside(
+    /// As [`Selection::find`], without looking at those whose PIDs are known; and all that there are are
+    /// known afterwards.
+    pub fn find_new(
         &self,
-        known: &HashSet<u32>,
+        known: &mut HashSet<u32>,
         names: &mut ContainerNames,
     ) -> Vec<(u32, anyhow::Result<Process>)> {
         let pids = if self.is_open() {
@@ -186,8 +217,9 @@ impl Selection {
             self.pids().collect::<Vec<u32>>()
         };
         let by_pid: Vec<u32> = self.pids().collect();
+        let before = std::mem::replace(known, pids.iter().copied().collect());
         pids.into_iter()
-            .filter(|pid| !known.contains(pid))
+            .filter(|pid| !before.contains(pid))
             .filter_map(|pid| match Process::inspect(pid) {
                 Ok(mut process) => {
                     process.labels = Labels::of(pid, names);
@@ -242,6 +274,23 @@ impl Name {
                 let file = process.exe.file_name().unwrap_or_default();
                 glob::matches(pattern, &process.comm)
                     || glob::matches(pattern, &file.to_string_lossy())
+            }
+        }
+    }
+}
+
+impl Name {
+    /// Whether it is that of a process of which no more than the kernel's short name is known: that of the
+    /// program's file, as it was executed, but for what is beyond 15 bytes.
+    fn is_of_unseen(&self, process: &Process) -> Option<bool> {
+        match self {
+            Self::Pid(pid) => Some(process.pid == *pid),
+            Self::Comm(pattern) => Some(glob::matches(pattern, &process.comm)),
+            Self::Path(pattern) => {
+                let file = pattern.rsplit('/').next().unwrap_or_default();
+                let short: String = file.chars().take(15).collect();
+                let may_be = process.comm.is_empty() || glob::matches(&short, &process.comm);
+                if may_be { None } else { Some(false) }
             }
         }
     }
@@ -391,5 +440,32 @@ mod tests {
             let error = Selection::new(&wishes).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+    #[test]
+    fn of_what_is_gone_it_is_known_what_its_name_and_user_tell() {
+        let gone = Process::gone(7, "worker");
+        let meant =
+            |targets: &[&str], exclude: &[&str]| selection(targets, exclude).contains_unseen(&gone);
+        assert_eq!(meant(&[], &[]), Some(true));
+        assert_eq!(meant(&["work*"], &[]), Some(true));
+        assert_eq!(meant(&["8", "redis"], &[]), Some(false));
+        assert_eq!(meant(&["/usr/bin/redis"], &[]), Some(false));
+        assert_eq!(meant(&["/usr/bin/worker"], &[]), None);
+        assert_eq!(meant(&[], &["worker"]), Some(false));
+        assert_eq!(meant(&[], &["/opt/*"]), None);
+        let of_user = Selection::new(&Wishes {
+            users: &["1234".to_owned()],
+            ..Wishes::default()
+        });
+        let of_user = of_user.unwrap();
+        assert_eq!(of_user.contains_unseen(&gone), None);
+        let mut owned = gone.clone();
+        owned.labels.uid = Some(1234);
+        assert_eq!(of_user.contains_unseen(&owned), Some(true));
+        owned.labels.uid = Some(1);
+        assert_eq!(of_user.contains_unseen(&owned), Some(false));
+        let mut contained = selection(&[], &[]);
+        contained.containers.push("web".to_owned());
+        assert_eq!(contained.contains_unseen(&gone), None);
     }
 }

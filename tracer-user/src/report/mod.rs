@@ -62,9 +62,13 @@ pub struct Report {
     /// Files whose probes were for all processes of the host.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub shared_probes: Vec<SharedFile>,
+    /// Ended processes that are in no entry of their own, as there were too many: only in those of their
+    /// programs.
+    #[serde(skip_serializing_if = "is_none")]
+    pub processes_summed_up: usize,
     /// One entry a program that was more than one process instance, over all of them.
     pub programs: Vec<ProgramReport>,
-    /// One entry a process instance.
+    /// One entry a process instance: of those that have ended, the latest.
     pub processes: Vec<ProcessReport>,
 }
 
@@ -282,6 +286,14 @@ pub struct SiteReport {
     /// Whether its outer frames are those of one call only, and others may have come another way.
     #[serde(skip_serializing_if = "is_false")]
     pub stack_sampled: bool,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands over a reference"
+)]
+const fn is_none(number: &usize) -> bool {
+    *number == 0
 }
 
 #[expect(

@@ -56,18 +56,26 @@ fn subjects(report: &Report) -> Vec<Subject<'_>> {
     const FEW: usize = 3;
     let program_of = |process: &ProcessReport| {
         let programs = report.programs.iter();
-        programs.clone().find(|program| program.exe == process.exe)
+        programs.clone().find(|program| program.is_of(process))
     };
     let mut subjects: Vec<Subject<'_>> = Vec::new();
-    let mut seen: Vec<&str> = Vec::new();
+    let mut seen: Vec<*const ProgramReport> = Vec::new();
+    let mut add = |program: &'_ ProgramReport| {
+        let is_new = !seen.contains(&std::ptr::from_ref(program));
+        seen.push(program);
+        is_new
+    };
     for process in &report.processes {
         match program_of(process) {
             None => subjects.push(Subject::Process(process)),
-            Some(program) if !seen.contains(&program.exe.as_str()) => {
-                seen.push(&program.exe);
-                subjects.push(Subject::Program(program));
-            }
+            Some(program) if add(program) => subjects.push(Subject::Program(program)),
             Some(_) => {}
+        }
+    }
+    // Those of which no process is left.
+    for program in &report.programs {
+        if add(program) {
+            subjects.push(Subject::Program(program));
         }
     }
     if subjects.len() > FEW {
@@ -121,7 +129,10 @@ fn write_overview(report: &Report, subjects: &[Subject<'_>], to: &mut dyn Write)
     writeln!(
         to,
         "{} of {} traced for {}. Those that hold most that was not freed:\n",
-        counted(report.processes.len() as u64, "process"),
+        counted(
+            (report.processes.len() + report.processes_summed_up) as u64,
+            "process"
+        ),
         counted(subjects.len() as u64, "program"),
         duration(report.duration_s)
     )?;
@@ -165,7 +176,7 @@ fn write_program(
     let mut processes: Vec<_> = report
         .processes
         .iter()
-        .filter(|process| process.exe == program.exe)
+        .filter(|process| program.is_of(process))
         .collect();
     processes.sort_by_key(|process| std::cmp::Reverse(process.totals.live_bytes));
     for process in processes.iter().take(MOST) {
@@ -180,8 +191,9 @@ fn write_program(
             ending(process),
         )?;
     }
-    if processes.len() > MOST {
-        writeln!(to, "  … and {} more", processes.len() - MOST)?;
+    if program.instances > MOST.min(processes.len()) {
+        let more = program.instances - MOST.min(processes.len());
+        writeln!(to, "  … and {} more", count(more as u64))?;
     }
     writeln!(to)?;
     for process in processes {

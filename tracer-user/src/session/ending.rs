@@ -1,36 +1,34 @@
 //! The end of traced processes: their probes, their blocks, and what is kept of them.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
 
 use super::Session;
 use crate::{
+    account::Ages,
     bpf::{links, tracer::monotonic_ns},
-    discover::process::Process,
-    ranges::Ranges,
-    summary::Ages,
-    target::{Closed, End},
+    target::End,
 };
 
 impl Session {
-    /// Takes the probes of ended instances away that are for them alone. Gives the indexes of those that
-    /// have ended since the last call.
+    /// Takes the probes of ended instances away that are for them alone. Gives those that have ended
+    /// since the last call.
     ///
     /// After an `exec` the probes would be hit by the new program: the kernel tells processes by
     /// their PID.
-    pub fn detach_ended(&mut self) -> Vec<usize> {
+    pub fn detach_ended(&mut self) -> Vec<u32> {
         let Self {
             targets, tracer, ..
         } = self;
         let mut ended = Vec::new();
         let mut taken = Vec::new();
-        for (index, target) in targets.iter_mut().enumerate() {
+        for (instance, target) in targets {
             if target.end.is_some() && !target.is_told {
                 target.is_told = true;
-                // The number of one that is closed may be another's by now.
-                if target.closed.is_none() {
-                    taken.extend(target.disarm(tracer));
-                }
-                ended.push(index);
+                taken.extend(target.disarm(tracer));
+                ended.push(*instance);
             }
         }
         if !taken.is_empty() {
@@ -41,8 +39,8 @@ impl Session {
 
     /// Looks whether targets are gone whose end was not heard of.
     pub fn notice_gone(&mut self) {
-        for target in &mut self.targets {
-            if target.end.is_none() && !Process::is_alive(target.process.pid) {
+        for target in self.targets.values_mut() {
+            if target.end.is_none() && !target.process.is_alive() {
                 target.ended(End::Gone);
             }
         }
@@ -54,9 +52,10 @@ impl Session {
         const MANY: usize = 256;
         let ended = self
             .targets
-            .iter()
+            .values()
             .filter(|target| target.is_to_be_closed());
-        if ended.count() >= MANY
+        if ended.count() + self.unwanted.len() >= MANY
+            && Instant::now() >= self.next_purge
             && let Err(error) = self.close_ended()
         {
             log::warn!("{error:#}");
@@ -72,69 +71,80 @@ impl Session {
         }
         let ended: HashMap<u32, u64> = self
             .targets
-            .iter()
+            .values()
             .filter(|target| target.is_to_be_closed())
             .map(|target| {
                 let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
                 (target.instance, end_ns)
             })
             .collect();
-        if ended.is_empty() && self.unwanted.is_empty() {
+        let mut instances: HashSet<u32> = ended.keys().chain(&self.unwanted).copied().collect();
+        if instances.is_empty() {
             return Ok(());
         }
-        let mut instances: HashSet<u32> = ended.keys().copied().collect();
-        instances.extend(self.unwanted.drain());
-        let mut sites = self.sites();
-        let has_blocks = |instance: &u32| {
-            let of_instance = sites.get(instance).map_or(&[][..], Vec::as_slice);
-            of_instance.iter().any(|(_, site)| site.allocs > site.frees)
-        };
-        let with_blocks: HashSet<u32> = instances.iter().copied().filter(has_blocks).collect();
-        let minimum_age_ns = self.filters.minimum_age_ns();
+        let sites = self.sites(|instance| instances.contains(&instance));
+        let with_blocks: HashSet<u32> = sites
+            .iter()
+            .filter(|(_, sites)| sites.iter().any(|(_, site)| site.allocs > site.frees))
+            .map(|(instance, _)| *instance)
+            .collect();
         let mut ages: HashMap<u32, Ages> = HashMap::new();
-        if !with_blocks.is_empty() {
-            let blocks = self.tracer.purge(&with_blocks)?;
-            log::info!(
-                "{} blocks of {} ended processes taken out of the ledger",
-                blocks.len(),
-                with_blocks.len()
-            );
-            for (instance, block) in &blocks {
-                if let Some(end_ns) = ended.get(instance) {
-                    let ages = ages.entry(block.site).or_default();
-                    ages.add(block, *end_ns, minimum_age_ns);
-                }
-            }
+        if Instant::now() < self.next_purge {
+            instances.retain(|instance| !with_blocks.contains(instance));
+        } else if !with_blocks.is_empty() {
+            ages = self.purge(&with_blocks, &ended)?;
         }
-        for target in self.targets.iter().filter(|target| target.closed.is_none()) {
-            if let Some(end_ns) = ended.get(&target.instance) {
-                target.ranges.add_ages(&mut ages, *end_ns, minimum_age_ns);
-            }
-        }
-        for target in &mut self.targets {
-            if target.closed.is_some() || !ended.contains_key(&target.instance) {
+        let minimum_age_ns = self.filters.minimum_age_ns();
+        for instance in &instances {
+            // Those that are not meant are no targets.
+            let Some(mut target) = self.targets.remove(instance) else {
                 continue;
-            }
-            let sites = sites.remove(&target.instance).unwrap_or_default();
-            let ids = || sites.iter().map(|(id, _)| *id);
-            target.closed = Some(Box::new(Closed {
-                state: self.tracer.instance(target.instance),
-                stacks: ids()
-                    .filter_map(|id| Some((id, self.stacks.remove(&id)?)))
-                    .collect(),
-                ages: ids()
-                    .filter_map(|id| Some((id, ages.remove(&id)?)))
-                    .collect(),
-                sites,
-            }));
+            };
+            let end_ns = target.end_ns.unwrap_or_else(monotonic_ns);
+            target.ranges.add_ages(&mut ages, end_ns, minimum_age_ns);
+            let sites = sites.get(instance).map_or(&[][..], Vec::as_slice);
+            let account = self.account(&target, sites, &ages, end_ns);
+            self.past.add(target.number, account);
             target.forget_code(&mut self.tracer);
-            target.ranges = Ranges::default();
-            self.by_instance.remove(&target.instance);
         }
         for site in self.tracer.recycle(&instances)? {
             // The next one with this id has another.
             self.stacks.remove(&site);
         }
+        self.unwanted
+            .retain(|instance| !instances.contains(instance));
         Ok(())
+    }
+
+    /// Takes the blocks of instances out of the ledger. Gives the ages of those that have ended.
+    fn purge(
+        &mut self,
+        instances: &HashSet<u32>,
+        ended: &HashMap<u32, u64>,
+    ) -> anyhow::Result<HashMap<u32, Ages>> {
+        /// To walk the whole ledger takes at most this part of the time.
+        const SHARE: u32 = 20;
+        /// And is no matter if it takes less.
+        const SHORT: Duration = Duration::from_millis(10);
+        let begin = Instant::now();
+        let blocks = self.tracer.purge(instances)?;
+        let took = begin.elapsed();
+        if took > SHORT {
+            self.next_purge = Instant::now() + took * SHARE;
+        }
+        log::info!(
+            "{} blocks of {} ended processes taken out of the ledger in {took:?}",
+            blocks.len(),
+            instances.len()
+        );
+        let minimum_age_ns = self.filters.minimum_age_ns();
+        let mut ages: HashMap<u32, Ages> = HashMap::new();
+        for (instance, block) in &blocks {
+            if let Some(end_ns) = ended.get(instance) {
+                let ages = ages.entry(block.site).or_default();
+                ages.add(block, *end_ns, minimum_age_ns);
+            }
+        }
+        Ok(ages)
     }
 }

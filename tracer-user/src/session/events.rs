@@ -1,6 +1,6 @@
 //! What the kernel side says, as it happens.
 
-use std::{collections::hash_map::Entry, mem::offset_of};
+use std::{collections::hash_map::Entry, mem::offset_of, rc::Rc};
 
 use anyhow::Context as _;
 use tracer_common::event::{
@@ -9,7 +9,10 @@ use tracer_common::event::{
 
 use super::Session;
 use crate::{
-    discover::{labels::Labels, process::Process},
+    discover::{
+        labels::{Labels, namespace_pid},
+        process::Process,
+    },
     ranges::Step,
     report::Exit,
     stacks::Stack,
@@ -53,8 +56,9 @@ impl Session {
             self.has_more |= copies == MOST_COPIES;
             // The stack that it belongs to may have come since. Copies take time, and until the kernel
             // side knows the code that is mapped now, stacks are doubtful.
-            self.take_events();
-            self.know_code();
+            if self.take_events() {
+                self.know_code();
+            }
             self.take_copy(&record);
             if copies == MOST_COPIES {
                 break;
@@ -75,7 +79,7 @@ impl Session {
 
     /// Has tables built for new code, and the kernel side know what code there is.
     fn know_code(&mut self) {
-        for target in &self.targets {
+        for target in self.targets.values() {
             if target.end.is_none()
                 && target.is_unpublished
                 && let Err(error) = self.library.want(&target.space)
@@ -86,17 +90,19 @@ impl Session {
         self.publish(false);
     }
 
-    fn take_events(&mut self) {
+    /// Gives whether there were any.
+    fn take_events(&mut self) -> bool {
         const MOST: usize = 1 << 14;
-        for _ in 0..MOST {
+        for count in 0..MOST {
             let Some(record) = self.events.get_mut().next().map(|record| record.to_vec()) else {
-                return;
+                return count > 0;
             };
             if let Some(header) = header(&record) {
                 self.take_event(header, &record);
             }
         }
         self.has_more = true;
+        true
     }
 
     fn take_event(&mut self, header: EventHeader, record: &[u8]) {
@@ -106,12 +112,13 @@ impl Session {
             return;
         }
         if is(EventKind::Started) {
-            self.take_started(header, record);
+            self.take_started(
+                header.tgid,
+                header.instance,
+                Some(Start::read(header, record)),
+            );
             return;
         }
-        let Some(index) = self.by_instance.get(&header.instance).copied() else {
-            return;
-        };
         let Self {
             tracer,
             targets,
@@ -120,11 +127,13 @@ impl Session {
             stack_check,
             ..
         } = self;
-        let target = &mut targets[index];
+        let Some(target) = targets.get_mut(&header.instance) else {
+            return;
+        };
         if is(EventKind::Stack) {
             if let Some((addresses, end)) = walk(record) {
                 target.look_for(&addresses, tracer, files);
-                let stack = Stack::new(&addresses, end, &mut target.space);
+                let stack = Rc::new(Stack::new(&addresses, end, &mut target.space));
                 match stacks.entry(header.detail) {
                     Entry::Occupied(known) if !known.get().may_be_replaced() => {}
                     Entry::Occupied(mut known) => {
@@ -157,85 +166,122 @@ impl Session {
 
     /// Probes what targets have mapped since they were probed.
     fn probe_new_code(&mut self) {
-        for index in 0..self.targets.len() {
-            if self.targets[index].has_new_code() {
-                self.probe_late(index);
-            }
+        let changed: Vec<u32> = self
+            .targets
+            .iter()
+            .filter(|(_, target)| target.has_new_code())
+            .map(|(instance, _)| *instance)
+            .collect();
+        for instance in changed {
+            self.probe_late(instance);
         }
     }
 
     /// Probes what a process has mapped that is recorded already.
-    fn probe_late(&mut self, index: usize) {
-        let standing = self.attachments.standing();
-        if let Err(error) = self.probe(index) {
-            let pid = self.targets[index].process.pid;
-            match Process::is_alive(pid) {
-                true => log::warn!("PID {pid}: {error:#}"),
-                // Not worth a word: it has nothing to be probed any more.
-                false => log::debug!("PID {pid}: {error:#}"),
-            }
+    fn probe_late(&mut self, instance: u32) {
+        let result = self.probe(instance);
+        let Some(target) = self.targets.get_mut(&instance) else {
+            return;
+        };
+        let pid = target.process.pid;
+        match result {
+            Ok(_) => {}
+            Err(error) if target.process.is_alive() => log::warn!("PID {pid}: {error:#}"),
+            // Not worth a word: it has nothing to be probed any more.
+            Err(error) => log::debug!("PID {pid}: {error:#}"),
         }
-        if self.attachments.standing() != standing {
-            self.targets[index].from_start = false;
+        // Probes that came later than it did have not seen its first calls.
+        let armed_at_ns = self.tracer.instance(instance).armed_at_ns;
+        if self.attachments.stood_at_ns(&target.space) > armed_at_ns {
+            target.from_start = false;
         }
     }
 
     /// A traced process forked.
     fn take_child(&mut self, header: EventHeader) {
-        let Some(parent) = self.by_instance.get(&header.detail).copied() else {
-            self.leave_out(header);
-            return;
-        };
-        let is_meant = self.follows || {
-            let process = self.targets[parent].process.forked(header.tgid);
-            self.selection.names(&process)
-        };
-        if !is_meant {
-            self.targets[parent].untraced_children += 1;
-            self.leave_out(header);
+        if self.targets.contains_key(&header.instance) {
+            // Found before it was said.
             return;
         }
-        let parent = &self.targets[parent];
-        let child = Target::forked(&mut self.tracer, parent, header.tgid, header.instance);
+        let Some(parent) = self.targets.get(&header.detail) else {
+            if self.unwanted.contains(&header.detail) {
+                self.forget(header.tgid, header.instance);
+            } else {
+                // Nobody heard of the parent.
+                self.take_started(header.tgid, header.instance, None);
+            }
+            return;
+        };
+        let mut process = parent.process.forked(header.tgid);
+        if !self.follows && !self.selection.names(&process) {
+            if let Some(parent) = self.targets.get_mut(&header.detail) {
+                parent.untraced_children += 1;
+            }
+            self.forget(header.tgid, header.instance);
+            return;
+        }
+        if parent.process.labels.namespace_pid.is_some() {
+            process.labels.namespace_pid = namespace_pid(header.tgid);
+        }
+        let mut child = Target::forked(&mut self.tracer, parent, process, header.instance);
+        let armed_at_ns = self.tracer.instance(header.instance).armed_at_ns;
+        child.from_start = self.attachments.stood_at_ns(&child.space) <= armed_at_ns;
         self.add(child);
     }
 
-    /// A process executed a program.
-    fn take_started(&mut self, header: EventHeader, record: &[u8]) {
-        let process = match Process::inspect(header.tgid) {
-            Ok(mut process) => {
-                process.labels = Labels::of(header.tgid, &mut self.container_names);
-                process
+    /// A process executed a program, and is an instance that the kernel side opened. `start` is what it said
+    /// of that, if anybody heard.
+    pub(super) fn take_started(&mut self, pid: u32, instance: u32, start: Option<Start>) {
+        if self.targets.contains_key(&instance) {
+            // Found before it was said.
+            return;
+        }
+        let inspected = Process::inspect(pid);
+        // It may have executed another program since, or the PID be another's.
+        let is_current = matches!(self.tracer.instance_of(pid), Ok(Some(now)) if now == instance);
+        let (process, is_meant) = match inspected {
+            Ok(mut process) if is_current => {
+                process.labels = Labels::of(pid, &mut self.container_names);
+                let is_meant = self.selection.contains(&process, &process.labels);
+                (process, Some(is_meant))
             }
-            Err(_) if Process::is_unfreed(header.tgid) => {
-                self.leave_out(header);
+            Err(_) if is_current && Process::is_unfreed(pid) => {
+                self.forget(pid, instance);
                 return;
             }
             // Over already, or about to be.
-            Err(_) => Process::gone(header.tgid, &comm(record)),
+            _ => {
+                let mut process =
+                    Process::gone(pid, start.as_ref().map_or("", |start| &start.comm));
+                process.labels.uid = start.as_ref().map(|start| start.uid);
+                let is_meant = self.selection.contains_unseen(&process);
+                (process, is_meant)
+            }
         };
         // What a followed process has executed is traced, whatever it is.
-        let is_followed = self.follows && header.detail != 0 && !self.selection.excludes(&process);
-        if !is_followed && !self.selection.contains(&process, &process.labels) {
-            self.leave_out(header);
+        let was_followed = start.is_none_or(|start| start.was_followed);
+        let is_followed = self.follows && was_followed && !self.selection.excludes(&process);
+        if !is_followed && is_meant != Some(true) {
+            self.unidentified += u64::from(is_meant.is_none());
+            self.forget(pid, instance);
             return;
         }
-        let mut target = Target::of_instance(process, header.instance);
+        let mut target = Target::of_instance(process, instance);
         target.from_start = true;
-        let index = self.add(target);
-        self.probe_late(index);
-        if let Err(error) = self.hook_loader(index) {
-            log::info!("PID {}: {error:#}", header.tgid);
+        self.add(target);
+        self.probe_late(instance);
+        if let Err(error) = self.hook_loader(instance) {
+            log::info!("PID {pid}: {error:#}");
         }
     }
 
     /// A process that the kernel side records is not meant.
-    fn leave_out(&mut self, header: EventHeader) {
-        match self.tracer.forget_process(header.tgid, header.instance) {
+    pub(super) fn forget(&mut self, pid: u32, instance: u32) {
+        match self.tracer.forget_process(pid, instance) {
             Ok(()) => {
-                self.unwanted.insert(header.instance);
+                self.unwanted.insert(instance);
             }
-            Err(error) => log::info!("PID {}: {error:#}", header.tgid),
+            Err(error) => log::info!("PID {pid}: {error:#}"),
         }
     }
 
@@ -244,13 +290,12 @@ impl Session {
         let (Some(header), Some(copy)) = (header(record), Copy::parse(record)) else {
             return;
         };
-        let index = self.by_instance.get(&header.instance).copied();
-        let target = index.map(|index| &mut self.targets[index]);
+        let target = self.targets.get_mut(&header.instance);
         let (Some(target), Some(stack)) = (target, self.stacks.get_mut(&header.detail)) else {
             return;
         };
         let sampled = target.unwind(&copy, self.max_depth, &mut self.codes);
-        stack.complete_by(&sampled, &mut target.space);
+        Rc::make_mut(stack).complete_by(&sampled, &mut target.space);
         if let Some(check) = &mut self.stack_check {
             check.compare(header.detail, &sampled);
         }
@@ -281,12 +326,29 @@ fn range_step(header: EventHeader, record: &[u8]) -> Option<Step> {
     })
 }
 
-/// The name in a [`StartedEvent`].
-fn comm(record: &[u8]) -> String {
-    const AT: usize = std::mem::offset_of!(StartedEvent, comm);
-    let bytes = record.get(AT..).unwrap_or_default();
-    let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-    String::from_utf8_lossy(name).into_owned()
+/// What a [`StartedEvent`] says.
+pub(super) struct Start {
+    /// The kernel's short name of the process.
+    comm: String,
+    /// Its user.
+    uid: u32,
+    /// Whether what it was before is followed.
+    was_followed: bool,
+}
+
+impl Start {
+    fn read(header: EventHeader, record: &[u8]) -> Self {
+        let comm = record.get(offset_of!(StartedEvent, comm)..offset_of!(StartedEvent, uid));
+        let comm = comm.unwrap_or_default().split(|byte| *byte == 0);
+        let uid = record.get(offset_of!(StartedEvent, uid)..);
+        Self {
+            comm: String::from_utf8_lossy(comm.into_iter().next().unwrap_or_default()).into_owned(),
+            uid: uid
+                .and_then(|bytes| Some(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
+                .unwrap_or_default(),
+            was_followed: header.detail != 0,
+        }
+    }
 }
 
 /// Return addresses of a [`tracer_common::event::StackEvent`], and why there are no more.

@@ -5,11 +5,13 @@
 
 mod ending;
 mod events;
+mod missing;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    rc::Rc,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context as _;
@@ -19,10 +21,12 @@ use tracer_common::{
     alloc_spec::HEAP,
     instance::{FOLLOWED, HELD, HELD_BY_LOADER},
     ledger::{Block, BlockKey, instance_of},
+    missed::Missed,
     site::Site,
 };
 
 use crate::{
+    account::{Account, Ages, Figures},
     args::{ReportOptions, TraceOptions},
     attachments::{Attachments, worth_sharing},
     bpf::{
@@ -38,9 +42,9 @@ use crate::{
     },
     files::Files,
     host::Host,
-    report::{Filters, HostFacts, Report, SCHEMA, SharedFile, programs},
+    past::Past,
+    report::{Filters, HostFacts, ProcessReport, Report, SCHEMA, SharedFile, programs},
     stacks::{Stack, StackCheck},
-    summary::{Ages, Figures, process_report},
     symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
     target::{Target, Wanted},
     unwind::{cache::Cache, copies::Codes, library::Library},
@@ -58,9 +62,11 @@ pub struct Session {
     library: Library,
     tables_finished: Arc<Notify>,
     names: Names,
-    targets: Vec<Target>,
-    /// Which of them has an instance's number.
-    by_instance: HashMap<u32, usize>,
+    /// The instances that are traced, by their numbers.
+    targets: BTreeMap<u32, Target>,
+    /// Targets opened so far.
+    opened: u64,
+    past: Past,
     attachments: Attachments,
     /// Of the files whose probes are for all processes, those that there were at the start.
     shared_probes: Vec<SharedFile>,
@@ -71,11 +77,17 @@ pub struct Session {
     container_names: ContainerNames,
     /// Instances that the kernel side opened for processes that are not meant.
     unwanted: HashSet<u32>,
+    /// Processes that were gone before it was known whether they are meant.
+    unidentified: u64,
+    /// Process events missed by the time when it was looked whom they concerned.
+    missed_before: u64,
+    /// Not before then are blocks of ended processes looked for in the ledger again.
+    next_purge: Instant,
     /// Whether the kernel side has said more than was taken in.
     has_more: bool,
     /// Whether unwind tables may have become useless.
     has_unused_tables: bool,
-    stacks: HashMap<u32, Stack>,
+    stacks: HashMap<u32, Rc<Stack>>,
     filters: Filters,
     wanted: Wanted,
     definitions: Arc<Definitions>,
@@ -154,14 +166,18 @@ impl Session {
             tables_finished: library.finished(),
             library,
             names: Names::new(Wrappers::new(report.wrapper.clone())),
-            targets: Vec::new(),
-            by_instance: HashMap::new(),
+            targets: BTreeMap::new(),
+            opened: 0,
+            past: Past::default(),
             shared_probes: Vec::new(),
             attachments: Attachments::new(selection.is_open() || trace.follow),
             selection,
             follows: trace.follow,
             container_names: ContainerNames::default(),
             unwanted: HashSet::new(),
+            unidentified: 0,
+            missed_before: 0,
+            next_purge: Instant::now(),
             has_more: false,
             has_unused_tables: false,
             stacks: HashMap::new(),
@@ -205,16 +221,17 @@ impl Session {
         self.trap_ns = Some(trap_ns);
     }
 
-    /// The instances traced, ended ones included.
+    /// The instances traced, by their numbers. Those that have ended go at an interval's end, if others
+    /// need their room.
     #[must_use]
-    pub fn targets(&self) -> &[Target] {
+    pub const fn targets(&self) -> &BTreeMap<u32, Target> {
         &self.targets
     }
 
     /// Whether nothing is left to trace.
     #[must_use]
     pub fn all_ended(&self) -> bool {
-        self.targets.iter().all(|target| target.end.is_some())
+        self.targets.values().all(|target| target.end.is_some())
     }
 
     /// The clock of the session begins now.
@@ -223,28 +240,41 @@ impl Session {
         self.started_ns = monotonic_ns();
     }
 
-    /// Opens an instance for a process, unprobed. Gives its index among the targets.
-    pub fn open(&mut self, mut process: Process, flags: u32) -> anyhow::Result<usize> {
+    /// Opens an instance for a process, unprobed. Gives its number. Of processes that are held there is
+    /// one: what was opened so before is so no more.
+    pub fn open(&mut self, mut process: Process, flags: u32) -> anyhow::Result<u32> {
         process.labels = Labels::of(process.pid, &mut self.container_names);
         let follow = match self.follows || self.selection.is_open() {
             true => FOLLOWED,
             false => 0,
         };
         let target = Target::open(&mut self.tracer, process, flags | follow)?;
+        if target.is_held {
+            for before in self.targets.values_mut() {
+                before.is_held = false;
+            }
+        }
         Ok(self.add(target))
     }
 
-    fn add(&mut self, target: Target) -> usize {
-        let index = self.targets.len();
-        self.by_instance.insert(target.instance, index);
-        self.targets.push(target);
-        index
+    fn add(&mut self, mut target: Target) -> u32 {
+        let instance = target.instance;
+        self.opened += 1;
+        target.number = self.opened;
+        self.targets.insert(instance, target);
+        instance
+    }
+
+    fn target(&mut self, instance: u32) -> anyhow::Result<&mut Target> {
+        let target = self.targets.get_mut(&instance);
+        target.context("the process instance is not traced any more")
     }
 
     /// Probes the allocators of a target that are mapped and not yet probed, and has unwind tables
     /// built for its code.
-    pub fn probe(&mut self, index: usize) -> anyhow::Result<usize> {
-        let target = &mut self.targets[index];
+    pub fn probe(&mut self, instance: u32) -> anyhow::Result<usize> {
+        let target = self.targets.get_mut(&instance);
+        let target = target.context("the process instance is not traced any more")?;
         let probes = target.probe_allocators(
             &mut self.tracer,
             &mut self.files,
@@ -258,11 +288,11 @@ impl Session {
 
     /// Looks at what the targets have mapped, and decides which files' probes are for all processes.
     pub fn plan_probes(&mut self) {
-        for target in &mut self.targets {
+        for target in self.targets.values_mut() {
             // What is wrong with one is told when it is probed.
             let _ = target.space.refresh(target.process.pid, &mut self.files);
         }
-        let spaces = self.targets.iter().map(|target| target.space.segments());
+        let spaces = self.targets.values().map(|target| target.space.segments());
         let shared = worth_sharing(spaces, |file| {
             file.module
                 .as_ref()
@@ -296,7 +326,7 @@ impl Session {
     /// the host.
     fn shared_files(&self) -> Vec<SharedFile> {
         let mut users: HashMap<FileId, SharedFile> = HashMap::new();
-        for target in &self.targets {
+        for target in self.targets.values() {
             for segment in target.space.segments() {
                 let (Some(file), Some(part)) = (&segment.file, segment.mapping.file()) else {
                     continue;
@@ -315,7 +345,7 @@ impl Session {
         }
         let traced: HashSet<u32> = self
             .targets
-            .iter()
+            .values()
             .map(|target| target.process.pid)
             .collect();
         let all = procfs::process::all_processes().into_iter().flatten();
@@ -341,7 +371,8 @@ impl Session {
         users.into_values().collect()
     }
 
-    /// Whether the instance of a process is open.
+    /// Whether the kernel side has an instance open for a process. If we have not heard of it yet, we are
+    /// about to.
     pub fn is_traced(&mut self, pid: u32) -> bool {
         self.tracer
             .instance_of(pid)
@@ -373,7 +404,7 @@ impl Session {
             ..
         } = self;
         let all = library.take_finished(tracer.unwind()) || all;
-        for target in targets.iter_mut() {
+        for target in targets.values_mut() {
             if target.is_unpublished || (all && target.end.is_none()) {
                 self.has_unused_tables |= target.publish_code(tracer, library);
             }
@@ -383,81 +414,73 @@ impl Session {
     /// Takes unwind tables that no process needs any more out of the kernel.
     fn drop_unused_tables(&mut self) {
         if std::mem::take(&mut self.has_unused_tables) {
-            let live = self.targets.iter().filter(|target| target.end.is_none());
+            let live = self.targets.values().filter(|target| target.end.is_none());
             let spaces = live.map(|target| &target.space);
             self.library.retain(spaces, self.tracer.unwind());
         }
     }
 
     /// Hooks the target's dynamic loader, see [`Target::hook_loader`].
-    pub fn hook_loader(&mut self, index: usize) -> anyhow::Result<bool> {
-        self.targets[index].hook_loader(&mut self.tracer, &mut self.attachments)
+    pub fn hook_loader(&mut self, instance: u32) -> anyhow::Result<bool> {
+        let Some(target) = self.targets.get_mut(&instance) else {
+            return Ok(false);
+        };
+        target.hook_loader(&mut self.tracer, &mut self.attachments)
     }
 
     /// No longer stops a target at its dynamic loader's reports, which are still heard.
-    pub fn hold_no_more(&mut self, index: usize) {
-        self.tracer
-            .clear_flag(self.targets[index].instance, HELD_BY_LOADER);
+    pub fn hold_no_more(&mut self, instance: u32) {
+        self.tracer.clear_flag(instance, HELD_BY_LOADER);
     }
 
     /// Lets a held process go, without its probes, whatever fails.
-    pub fn release(&mut self, index: usize) {
-        let Some(target) = self.targets.get_mut(index) else {
+    pub fn release(&mut self, instance: u32) {
+        let Some(target) = self.targets.get_mut(&instance) else {
             return;
         };
-        self.tracer
-            .clear_flag(target.instance, HELD | HELD_BY_LOADER);
+        self.tracer.clear_flag(instance, HELD | HELD_BY_LOADER);
         links::detach(target.disarm(&self.tracer));
     }
 
     /// Leaves a target out: takes its probes away and forgets it.
-    pub fn give_up(&mut self, index: usize) {
-        let mut target = self.targets.remove(index);
+    pub fn give_up(&mut self, instance: u32) {
+        let Some(mut target) = self.targets.remove(&instance) else {
+            return;
+        };
         links::detach(target.disarm(&self.tracer));
-        let forgotten = self
-            .tracer
-            .forget_process(target.process.pid, target.instance);
-        match forgotten {
-            Ok(()) => {
-                self.unwanted.insert(target.instance);
-            }
-            Err(error) => log::info!("{error:#}"),
-        }
-        self.by_instance = self
-            .targets
-            .iter()
-            .enumerate()
-            .filter(|(_, target)| target.closed.is_none())
-            .map(|(index, target)| (target.instance, index))
-            .collect();
+        self.forget(target.process.pid, instance);
     }
 
     /// Begins to record a target.
-    pub fn arm(&self, index: usize) {
-        self.tracer.arm(self.targets[index].instance);
+    pub fn arm(&self, instance: u32) {
+        self.tracer.arm(instance);
     }
 
     /// Fails with the reason if a target has nothing to probe.
-    pub fn expect_probes(&self, index: usize) -> anyhow::Result<()> {
-        self.targets[index].expect_probes(self.wanted.only.as_ref())
+    pub fn expect_probes(&mut self, instance: u32) -> anyhow::Result<()> {
+        let only = self.wanted.only.clone();
+        self.target(instance)?.expect_probes(only.as_ref())
     }
 
     /// What the user asked for and a target does not have, one line each.
     #[must_use]
-    pub fn shortcomings(&self, index: usize) -> Vec<String> {
+    pub fn shortcomings(&self, instance: u32) -> Vec<String> {
         let prefix = self.filters.symbol_prefix.as_deref();
-        self.targets[index].shortcomings(&self.definitions, prefix)
+        self.targets.get(&instance).map_or_else(Vec::new, |target| {
+            target.shortcomings(&self.definitions, prefix)
+        })
     }
 
     /// Whether a target has not (yet) mapped all functions that the user named.
     #[must_use]
-    pub fn waits_for_functions(&self, index: usize) -> bool {
-        self.targets[index].lacks(&self.definitions)
+    pub fn waits_for_functions(&self, instance: u32) -> bool {
+        let target = self.targets.get(&instance);
+        target.is_some_and(|target| target.lacks(&self.definitions))
     }
 
     /// Fails if a target's PID has become another process, or another program, while it was probed.
-    pub fn expect_same_process(&self, index: usize) -> anyhow::Result<()> {
-        let process = &self.targets[index].process;
+    pub fn expect_same_process(&mut self, instance: u32) -> anyhow::Result<()> {
+        let process = &self.target(instance)?.process;
         anyhow::ensure!(
             process.is_still_there(),
             "PID {} ({}) ended or became another program while it was being attached to",
@@ -474,18 +497,28 @@ impl Session {
             let (instance, live_bytes) = self.tracer.live_bytes(id);
             *live.entry(instance).or_default() += live_bytes;
         }
-        for target in &mut self.targets {
-            let live_bytes = live.get(&target.instance).copied().unwrap_or(0);
-            if target.closed.is_none() {
-                target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
-            }
-        }
-        for target in &mut self.targets {
+        for (instance, target) in &mut self.targets {
+            let live_bytes = live.get(instance).copied().unwrap_or(0);
+            target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
             target.ranges.forget_gone();
         }
+        self.notice_gone();
+        self.find_missing()?;
         self.close_ended()?;
         self.drop_unused_tables();
+        self.forget_files();
         Ok(())
+    }
+
+    /// Closes files that nothing refers to any more, if there are many.
+    fn forget_files(&mut self) {
+        const MANY: usize = 1024;
+        if self.files.count() > MANY {
+            self.past.tidy();
+            self.codes.tidy();
+            let kept = self.files.tidy();
+            self.names.retain(&kept);
+        }
     }
 
     /// Ends recording, takes every probe away, and takes in what was said last.
@@ -495,8 +528,7 @@ impl Session {
         let disarmed = self.tracer.disarm_all();
         let mut links: Vec<_> = self
             .targets
-            .iter_mut()
-            .filter(|target| target.closed.is_none())
+            .values_mut()
             .flat_map(|target| target.disarm(&self.tracer))
             .collect();
         links.extend(self.attachments.detach());
@@ -508,11 +540,11 @@ impl Session {
         self.tick()
     }
 
-    /// Sites that were used, by instance.
-    fn sites(&self) -> HashMap<u32, Vec<(u32, Site)>> {
+    /// Sites that were used, by instance: of these instances.
+    fn sites(&self, of: impl Fn(u32) -> bool) -> HashMap<u32, Vec<(u32, Site)>> {
         let mut by_instance: HashMap<u32, Vec<(u32, Site)>> = HashMap::new();
         for id in self.tracer.site_ids() {
-            if self.tracer.has_allocated(id) {
+            if self.tracer.has_allocated(id) && of(self.tracer.instance_of_site(id)) {
                 let site = self.tracer.site(id);
                 by_instance
                     .entry(site.instance)
@@ -521,12 +553,11 @@ impl Session {
             }
         }
         if let Some(family) = self.definitions.mappings() {
-            for target in self.targets.iter().filter(|target| target.closed.is_none()) {
-                let sites = target.ranges.sites(target.instance, family);
-                by_instance
-                    .entry(target.instance)
-                    .or_default()
-                    .extend(sites);
+            for (instance, target) in &self.targets {
+                if of(*instance) {
+                    let sites = target.ranges.sites(*instance, family);
+                    by_instance.entry(*instance).or_default().extend(sites);
+                }
             }
         }
         by_instance
@@ -534,27 +565,43 @@ impl Session {
 
     /// Ages of live blocks by site. Walks the ledger.
     fn ages(&self, now_ns: u64) -> anyhow::Result<HashMap<u32, Ages>> {
-        let ends: HashMap<u32, u64> = self
-            .targets
-            .iter()
-            .filter(|target| target.closed.is_none())
-            .map(|target| (target.instance, target.end_ns.unwrap_or(now_ns)))
-            .collect();
+        let end_ns = |target: &Target| target.end_ns.unwrap_or(now_ns);
         let minimum_age_ns = self.filters.minimum_age_ns();
         let mut by_site: HashMap<u32, Ages> = HashMap::new();
         self.tracer.for_each_block(|key: BlockKey, block: Block| {
-            if let Some(end_ns) = ends.get(&instance_of(key.scope)) {
+            if let Some(target) = self.targets.get(&instance_of(key.scope)) {
                 by_site
                     .entry(block.site)
                     .or_default()
-                    .add(&block, *end_ns, minimum_age_ns);
+                    .add(&block, end_ns(target), minimum_age_ns);
             }
         })?;
-        for target in self.targets.iter().filter(|target| target.closed.is_none()) {
-            let now_ns = target.end_ns.unwrap_or(now_ns);
-            target.ranges.add_ages(&mut by_site, now_ns, minimum_age_ns);
+        for target in self.targets.values() {
+            target
+                .ranges
+                .add_ages(&mut by_site, end_ns(target), minimum_age_ns);
         }
         Ok(by_site)
+    }
+
+    /// What an instance did, by its sites and the ages of their blocks.
+    fn account(
+        &self,
+        target: &Target,
+        sites: &[(u32, Site)],
+        ages: &HashMap<u32, Ages>,
+        now_ns: u64,
+    ) -> Account {
+        let figures = Figures {
+            state: &self.tracer.instance(target.instance),
+            sites,
+            stacks: &self.stacks,
+            ages,
+            now_ns: target.end_ns.unwrap_or(now_ns),
+            sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
+            definitions: &self.definitions,
+        };
+        Account::of(target, &figures)
     }
 
     /// What was found so far. With `ages`, the ledger is walked for the oldest blocks; without, only
@@ -567,39 +614,44 @@ impl Session {
         } else {
             HashMap::new()
         };
-        let mut by_instance = self.sites();
+        let sites = self.sites(|_| true);
+        let running: Vec<(u64, Account)> = self
+            .targets
+            .values()
+            .map(|target| {
+                let sites = sites.get(&target.instance).map_or(&[][..], Vec::as_slice);
+                (target.number, self.account(target, sites, &ages, now_ns))
+            })
+            .collect();
+        let mut all: Vec<&(u64, Account)> = running.iter().chain(self.past.latest()).collect();
+        all.sort_by_key(|(number, _)| *number);
         let mut untracked_frees = 0;
-        let mut processes = Vec::new();
-        for target in &self.targets {
-            let (state, sites, stacks, ages) = match &target.closed {
-                Some(closed) => (closed.state, &closed.sites, &closed.stacks, &closed.ages),
-                None => (
-                    self.tracer.instance(target.instance),
-                    &*by_instance.entry(target.instance).or_default(),
-                    &self.stacks,
-                    &ages,
-                ),
-            };
-            untracked_frees += state.untracked_frees;
-            let figures = Figures {
-                state: &state,
-                sites,
-                stacks,
-                ages,
-                now_ns: target.end_ns.unwrap_or(now_ns),
-                older,
-                sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
-                definitions: &self.definitions,
-            };
-            processes.push(process_report(target, &figures, &mut self.names));
-        }
+        let mut account_report = |account: &Account| {
+            untracked_frees += account.untracked_frees;
+            account.report(&self.definitions, older, &mut self.names)
+        };
+        let processes: Vec<ProcessReport> = all
+            .iter()
+            .map(|(_, account)| account_report(account))
+            .collect();
+        let earlier: Vec<(ProcessReport, usize)> = self
+            .past
+            .earlier()
+            .map(|sum| (account_report(&sum.account), sum.instances))
+            .collect();
         let missed_events: BTreeMap<_, _> = self
             .tracer
             .missed()?
             .into_iter()
-            .map(|(missed, n)| (missed.name(), n))
+            .map(|(missed, n)| match missed {
+                Missed::Unidentified => (missed.name(), n + self.unidentified),
+                _ => (missed.name(), n),
+            })
             .collect();
-        let is_sampled = processes.iter().any(|process| process.sampled_out > 0);
+        let is_sampled = processes
+            .iter()
+            .chain(earlier.iter().map(|(process, _)| process))
+            .any(|process| process.sampled_out > 0);
         let mode = if is_sampled { "sampled" } else { "exact" };
         Ok(Report {
             schema: SCHEMA,
@@ -618,7 +670,8 @@ impl Session {
             stack_check: self.stack_check.clone(),
             untracked_frees,
             shared_probes: self.shared_probes.clone(),
-            programs: programs(&processes),
+            processes_summed_up: earlier.iter().map(|(_, instances)| instances).sum(),
+            programs: programs(&processes, &earlier),
             processes,
         })
     }

@@ -12,7 +12,7 @@ pub mod symbols;
 pub mod wrappers;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     path::{Component, Path},
     rc::Rc,
@@ -41,8 +41,10 @@ pub struct Names {
     wrappers: Wrappers,
     helper: Option<Helper>,
     limit: Duration,
-    modules: HashMap<*const KnownFile, Known>,
-    known: HashMap<(*const KnownFile, u64), Rc<[Frame]>>,
+    /// By the numbers of files.
+    modules: HashMap<u64, Known>,
+    /// By the numbers of files and offsets in them.
+    known: HashMap<(u64, u64), Rc<[Frame]>>,
 }
 
 /// A module that was asked about.
@@ -64,6 +66,11 @@ impl Names {
             modules: HashMap::new(),
             known: HashMap::new(),
         }
+    }
+
+    /// Forgets the places of all files but these, by their numbers.
+    pub fn retain(&mut self, files: &HashSet<u64>) {
+        self.known.retain(|(file, _), _| files.contains(file));
     }
 
     /// The frames of a stack, the allocator's caller first: for every place the functions inlined
@@ -93,7 +100,7 @@ impl Names {
     /// The frames at a place that was looked up.
     fn frames(&self, location: &Location) -> Rc<[Frame]> {
         match location {
-            Location::File(file, offset) => match self.known.get(&(Rc::as_ptr(file), *offset)) {
+            Location::File(file, offset) => match self.known.get(&(file.number, *offset)) {
                 Some(known) => Rc::clone(known),
                 None => Rc::new([nameless(file, *offset)]),
             },
@@ -123,12 +130,12 @@ impl Names {
 
     /// Makes the frames of all these places known. Many at once take less time than one by one.
     pub fn look_up<'a>(&mut self, locations: impl IntoIterator<Item = &'a Location>) {
-        let mut wanted: HashMap<*const KnownFile, (&Rc<KnownFile>, Vec<u64>)> = HashMap::new();
+        let mut wanted: HashMap<u64, (&Rc<KnownFile>, Vec<u64>)> = HashMap::new();
         for location in locations {
             let Location::File(file, offset) = location else {
                 continue;
             };
-            let key = Rc::as_ptr(file);
+            let key = file.number;
             if !self.known.contains_key(&(key, *offset)) {
                 let (_, offsets) = wanted.entry(key).or_insert((file, Vec::new()));
                 offsets.push(*offset);
@@ -142,7 +149,7 @@ impl Names {
                 for offset in offsets {
                     let functions = answers.next().unwrap_or_default();
                     let frames = self.made_of(functions, &nameless(file, *offset));
-                    self.known.insert((Rc::as_ptr(file), *offset), frames);
+                    self.known.insert((file.number, *offset), frames);
                 }
             }
         }
@@ -176,7 +183,7 @@ impl Names {
             .map(|offset| offset.saturating_sub(1))
             .collect();
         let number = self.modules.len() as u32;
-        let key = Rc::as_ptr(file);
+        let key = file.number;
         loop {
             let known = self.modules.entry(key).or_insert(Known {
                 number,

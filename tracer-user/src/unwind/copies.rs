@@ -22,6 +22,11 @@ pub struct Unwinder {
 }
 
 impl Codes {
+    /// Forgets what files say that only [`crate::files::Files`] refers to.
+    pub fn tidy(&mut self) {
+        self.read.retain(|_, (file, _)| Rc::strong_count(file) > 2);
+    }
+
     fn of(&mut self, file: &Rc<KnownFile>) -> Option<&Arc<Code>> {
         let (_, code) = self
             .read

@@ -1,0 +1,408 @@
+//! What a process instance did, from counters and stacks to its part of the report. Pure: no kernel, no
+//! clock.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    path::Path,
+    rc::Rc,
+};
+
+use sha2::{Digest as _, Sha256};
+use tracer_common::{
+    alloc_spec::{Family, HEAP},
+    instance::Instance,
+    ledger::Block,
+    site::Site,
+};
+
+use crate::{
+    definitions::Definitions,
+    discover::process::Process,
+    files::Location,
+    report::{Exit, FamilyReport, ProcessReport, SiteReport, Totals},
+    stacks::{Stack, StackQuality},
+    symbolize::Names,
+    target::{End, Target},
+};
+
+/// Live blocks of a site, from a walk through the ledger.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ages {
+    /// Age of the oldest, in nanoseconds.
+    pub oldest_ns: u64,
+    /// Blocks that are old enough.
+    pub old_blocks: u64,
+    /// Their bytes.
+    pub old_bytes: u64,
+}
+
+impl Ages {
+    /// Counts a block that was live at `now_ns`.
+    pub fn add(&mut self, block: &Block, now_ns: u64, minimum_age_ns: u64) {
+        let age_ns = now_ns.saturating_sub(block.birth_ns);
+        self.oldest_ns = self.oldest_ns.max(age_ns);
+        if age_ns >= minimum_age_ns {
+            let weight = u64::from(block.weight);
+            self.old_blocks += weight;
+            self.old_bytes += block.size_bytes * weight;
+        }
+    }
+
+    /// Adds those of another site.
+    fn join(&mut self, other: &Self) {
+        self.oldest_ns = self.oldest_ns.max(other.oldest_ns);
+        self.old_blocks += other.old_blocks;
+        self.old_bytes += other.old_bytes;
+    }
+}
+
+/// What is known of a process instance, beside its [`Target`].
+pub struct Figures<'a> {
+    /// Its state on the kernel side.
+    pub state: &'a Instance,
+    /// Its sites, by id.
+    pub sites: &'a [(u32, Site)],
+    /// Stacks of all sites.
+    pub stacks: &'a HashMap<u32, Rc<Stack>>,
+    /// Ages of live blocks of all sites; empty if they were not looked at.
+    pub ages: &'a HashMap<u32, Ages>,
+    /// When recording ended, or now.
+    pub now_ns: u64,
+    /// What the user named, for the names of families.
+    pub definitions: &'a Definitions,
+    /// Whether calls of children that borrow the memory are seen.
+    pub sees_vfork: bool,
+}
+
+/// What a process instance did; or several of a program, as one.
+#[derive(Clone, Debug)]
+pub struct Account {
+    /// The process.
+    pub process: Process,
+    /// How it ended, once it has.
+    pub end: Option<End>,
+    /// Whether it was recorded from its first instruction on.
+    pub from_start: bool,
+    /// Whether the kernel may have taken its probes away.
+    pub main_thread_exited: bool,
+    /// Children forked that were not traced.
+    pub untraced_children: u32,
+    /// Children that borrowed the memory and were not seen.
+    pub unseen_vfork_children: u32,
+    /// Frees of blocks that the ledger never had.
+    pub untracked_frees: u64,
+    /// Blocks that others stand for.
+    pub sampled_out: u64,
+    /// How long it was recorded, in nanoseconds.
+    pub traced_ns: u64,
+    /// Highest bytes not freed at an interval's end.
+    pub peak_live_bytes: u64,
+    /// How far up its stacks go.
+    pub quality: StackQuality,
+    /// What it did where.
+    pub sites: HashMap<SiteId, SiteAccount>,
+}
+
+/// What was allocated and freed at a site.
+#[derive(Clone, Debug, Default)]
+pub struct SiteAccount {
+    /// What is counted.
+    pub family: Family,
+    /// Blocks allocated.
+    pub allocs: u64,
+    /// Of these, freed.
+    pub frees: u64,
+    /// Bytes allocated.
+    pub alloc_bytes: u64,
+    /// Of these, freed.
+    pub freed_bytes: u64,
+    /// Frees that were not seen here.
+    pub missed_frees: u64,
+    /// Where it is; none if that is not known.
+    pub stack: Option<Rc<Stack>>,
+    /// Its live blocks, if they were looked at and there were any.
+    pub ages: Option<Ages>,
+}
+
+impl SiteAccount {
+    /// Adds the figures of another site.
+    pub fn add(&mut self, other: &Self) {
+        self.allocs += other.allocs;
+        self.frees += other.frees;
+        self.alloc_bytes += other.alloc_bytes;
+        self.freed_bytes += other.freed_bytes;
+        self.missed_frees += other.missed_frees;
+        match (&mut self.ages, &other.ages) {
+            (Some(ours), Some(theirs)) => ours.join(theirs),
+            (ours, theirs) => *ours = ours.or(*theirs),
+        }
+    }
+
+    const fn live_blocks(&self) -> u64 {
+        self.allocs.saturating_sub(self.frees)
+    }
+
+    const fn live_bytes(&self) -> u64 {
+        self.alloc_bytes.saturating_sub(self.freed_bytes)
+    }
+}
+
+/// A site's identity, the same in every session: it depends on the binaries and the places in them
+/// only, not on where they were mapped; and on what is counted, where that is not the heap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteId([u8; 8]);
+
+impl SiteId {
+    /// Of these places, the allocator's caller first.
+    #[must_use]
+    pub fn new(locations: &[Location], family: Option<&str>) -> Self {
+        let mut hash = Sha256::new();
+        if let Some(family) = family {
+            hash.update(family.as_bytes());
+            hash.update([0]);
+        }
+        for location in locations {
+            match location {
+                Location::File(file, offset) => {
+                    let name = file.build_id().map_or_else(|| file.name(), str::to_owned);
+                    hash.update(name.as_bytes());
+                    hash.update(offset.to_le_bytes());
+                }
+                // Where generated code lies says nothing; its name does.
+                Location::Generated(place) => {
+                    hash.update(place.function.as_deref().unwrap_or_default().as_bytes());
+                    hash.update([0]);
+                }
+                Location::Unknown(_) => {}
+            }
+        }
+        let mut id = [0; 8];
+        id.copy_from_slice(&hash.finalize()[..8]);
+        Self(id)
+    }
+}
+
+impl fmt::Display for SiteId {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "{:016x}", u64::from_be_bytes(self.0))
+    }
+}
+
+impl Account {
+    /// Of a process that has done nothing.
+    #[cfg(test)]
+    pub(crate) fn empty(process: Process) -> Self {
+        Self {
+            process,
+            end: None,
+            from_start: false,
+            main_thread_exited: false,
+            untraced_children: 0,
+            unseen_vfork_children: 0,
+            untracked_frees: 0,
+            sampled_out: 0,
+            traced_ns: 0,
+            peak_live_bytes: 0,
+            quality: StackQuality::default(),
+            sites: HashMap::new(),
+        }
+    }
+
+    /// What an instance has done so far.
+    #[must_use]
+    pub fn of(target: &Target, figures: &Figures<'_>) -> Self {
+        let Figures { state, .. } = figures;
+        let mut quality = StackQuality::default();
+        // Stacks that differ only beyond what can be believed are one site.
+        let mut sites: HashMap<SiteId, SiteAccount> = HashMap::new();
+        for (id, site) in figures.sites {
+            let stack = figures.stacks.get(id);
+            quality.add(stack.map(AsRef::as_ref), site.allocs);
+            let family = Family::try_from(site.family).unwrap_or(HEAP);
+            let name = figures.definitions.family(family);
+            let places = stack.map_or(&[][..], |stack| stack.frames());
+            let account = SiteAccount {
+                family,
+                allocs: site.allocs,
+                frees: site.frees,
+                alloc_bytes: site.alloc_bytes,
+                freed_bytes: site.freed_bytes,
+                missed_frees: site.missed_frees,
+                stack: stack.cloned(),
+                ages: figures.ages.get(id).copied(),
+            };
+            sites
+                .entry(SiteId::new(places, name.map(|family| family.name.as_str())))
+                .and_modify(|known| known.add(&account))
+                .or_insert(account);
+        }
+        Self {
+            process: target.process.clone(),
+            end: target.end,
+            from_start: target.from_start,
+            // An `exec` by another thread ends the main one too, and probes for all processes stay.
+            main_thread_exited: target.main_thread_exited
+                && target.end != Some(End::Replaced)
+                && !target.shares_probes(),
+            untraced_children: state.forks + target.untraced_children,
+            unseen_vfork_children: if figures.sees_vfork {
+                0
+            } else {
+                state.borrowers
+            },
+            untracked_frees: state.untracked_frees,
+            sampled_out: state.sampled_out,
+            traced_ns: match state.armed_at_ns {
+                0 => 0,
+                armed_at_ns => figures.now_ns.saturating_sub(armed_at_ns),
+            },
+            peak_live_bytes: target.peak_live_bytes,
+            quality,
+            sites,
+        }
+    }
+
+    /// Adds what another instance did. Sites that are not among ours are added as long as there are fewer
+    /// than `most_sites`; what was done at others then has no stack.
+    pub fn add(&mut self, other: Self, most_sites: usize) {
+        self.from_start &= other.from_start;
+        self.main_thread_exited |= other.main_thread_exited;
+        self.untraced_children += other.untraced_children;
+        self.unseen_vfork_children += other.unseen_vfork_children;
+        self.untracked_frees += other.untracked_frees;
+        self.sampled_out += other.sampled_out;
+        self.traced_ns = self.traced_ns.max(other.traced_ns);
+        self.peak_live_bytes += other.peak_live_bytes;
+        self.quality.join(&other.quality);
+        for (id, site) in other.sites {
+            let has_room = self.sites.len() < most_sites;
+            if let Some(known) = self.sites.get_mut(&id) {
+                known.add(&site);
+            } else if has_room {
+                self.sites.insert(id, site);
+            } else {
+                // One for each family, which the stack of none of them has.
+                let placeless = SiteAccount {
+                    stack: None,
+                    ..site
+                };
+                let id = SiteId::new(&[], Some(&placeless.family.to_string()));
+                self.sites
+                    .entry(id)
+                    .and_modify(|known| known.add(&placeless))
+                    .or_insert(placeless);
+            }
+        }
+    }
+
+    /// As a part of the report. With `older`, sites count only blocks that are old enough.
+    #[must_use]
+    pub fn report(
+        &self,
+        definitions: &Definitions,
+        older: bool,
+        names: &mut Names,
+    ) -> ProcessReport {
+        let stacks = self.sites.values().filter_map(|site| site.stack.as_ref());
+        names.look_up(stacks.flat_map(|stack| stack.frames()));
+        let mut totals = Totals {
+            peak_live_bytes: self.peak_live_bytes,
+            ..Totals::default()
+        };
+        let mut families: BTreeMap<Family, FamilyReport> = definitions
+            .families()
+            .map(|(number, family)| {
+                let report = FamilyReport {
+                    name: family.name.clone(),
+                    has_sizes: family.has_sizes,
+                    totals: Totals::default(),
+                };
+                (number, report)
+            })
+            .collect();
+        let mut sites = Vec::with_capacity(self.sites.len());
+        for (id, site) in &self.sites {
+            let family = families.get_mut(&site.family);
+            let name = family.as_ref().map(|family| family.name.clone());
+            let totals = family.map_or(&mut totals, |family| &mut family.totals);
+            totals.allocs += site.allocs;
+            totals.frees += site.frees;
+            totals.alloc_bytes += site.alloc_bytes;
+            totals.freed_bytes += site.freed_bytes;
+            sites.push(site.report(*id, name, older, &self.process.exe, names));
+        }
+        for totals in families
+            .values_mut()
+            .map(|family| &mut family.totals)
+            .chain([&mut totals])
+        {
+            totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
+            totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
+            totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
+        }
+        SiteReport::sort(&mut sites);
+        ProcessReport {
+            pid: self.process.pid,
+            exe: self.process.exe.display().to_string(),
+            comm: self.process.comm.clone(),
+            labels: self.process.labels.clone(),
+            from_start: self.from_start,
+            duration_s: self.traced_ns as f64 / 1e9,
+            exit: match self.end {
+                Some(End::Exited(exit)) => Some(exit),
+                Some(End::Gone) => Some(Exit {
+                    code: None,
+                    signal: None,
+                }),
+                _ => None,
+            },
+            replaced_by_exec: self.end == Some(End::Replaced),
+            untraced_children: self.untraced_children,
+            unseen_vfork_children: self.unseen_vfork_children,
+            main_thread_exited: self.main_thread_exited,
+            sampled_out: self.sampled_out,
+            totals,
+            families: families.into_values().collect(),
+            stacks: self.quality.clone(),
+            sites,
+        }
+    }
+}
+
+impl SiteAccount {
+    fn report(
+        &self,
+        id: SiteId,
+        family: Option<String>,
+        older: bool,
+        program: &Path,
+        names: &mut Names,
+    ) -> SiteReport {
+        let (live_blocks, live_bytes) = if older {
+            self.ages
+                .map_or((0, 0), |ages| (ages.old_blocks, ages.old_bytes))
+        } else {
+            (self.live_blocks(), self.live_bytes())
+        };
+        let stack = self.stack.as_deref();
+        SiteReport {
+            id: id.to_string(),
+            family,
+            allocs: self.allocs,
+            frees: self.frees,
+            alloc_bytes: self.alloc_bytes,
+            freed_bytes: self.freed_bytes,
+            live_blocks,
+            live_bytes,
+            oldest_s: self
+                .ages
+                .filter(|_| live_blocks > 0)
+                .map(|ages| ages.oldest_ns as f64 / 1e9),
+            missed_frees: self.missed_frees,
+            stack_cut: stack.and_then(Stack::cut),
+            stack_sampled: stack.is_some_and(Stack::is_sampled),
+            stack: names.stack(stack.map_or(&[][..], Stack::frames), program),
+        }
+    }
+}
