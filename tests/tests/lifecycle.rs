@@ -166,17 +166,39 @@ fn a_vfork_child_works_in_its_parents_instance_until_it_executes() {
 const VFORKING: &[&str] = &["before", "vfork", "after", "vfork-exit", "vfork", "books"];
 
 #[test]
-fn vfork_children_whose_calls_the_kernel_hides_are_reported() {
+fn children_whose_calls_the_kernel_hides_are_reported() {
     if !skip::is_root() {
         return;
     }
     let _turn = machine::take();
-    let (mut target, session) = traced();
-    tell(&mut target, VFORKING);
-    let outcome = session.stop();
-    let report = outcome.report_with_code(0);
-    let unseen = report.process(target.pid())["unseen_vfork_children"].as_u64();
-    assert!(unseen.is_some_and(|unseen| unseen > 0), "{report}");
+    for commands in [VFORKING, &["before", "borrow"]] {
+        let (mut target, session) = traced();
+        tell(&mut target, commands);
+        let outcome = session.stop();
+        let report = outcome.report_with_code(0);
+        let unseen = report.process(target.pid())["unseen_vfork_children"].as_u64();
+        assert!(unseen.is_some_and(|unseen| unseen > 0), "{report}");
+    }
+}
+
+#[test]
+fn a_child_that_shares_its_parents_memory_works_in_its_parents_instance() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    // Links that tell a process by its memory, and probes for all processes.
+    for option in ["--perf-links", "--follow"] {
+        let (mut target, session) = traced_with(&[option]);
+        tell(
+            &mut target,
+            &["before", "borrow", "after", "borrow", "books"],
+        );
+        let outcome = session.stop();
+        let borrower = target.books().of("site_borrower");
+        assert_eq!((borrower.allocs, borrower.frees), (40, 30), "{option}");
+        assert_exact(&target, &outcome);
+    }
 }
 
 #[test]
