@@ -1,4 +1,4 @@
-//! A memory cgroup of the tests' own, in whichever hierarchy the machine has.
+//! Control groups of the tests' own, in whichever hierarchy the machine has.
 
 use std::{
     fs, io,
@@ -65,11 +65,30 @@ impl MemoryCgroup {
     /// Words that run the program behind them inside the group.
     #[must_use]
     pub fn wrapper(&self) -> Vec<String> {
-        let procs = self.path.join("cgroup.procs").display().to_string();
-        ["sh", "-c", r#"echo $$ > "$0" && exec "$@""#, &procs]
-            .map(str::to_owned)
-            .to_vec()
+        wrapper(&self.path)
     }
+}
+
+/// Words that run the program behind them inside a group.
+#[must_use]
+pub fn wrapper(group: &Path) -> Vec<String> {
+    let procs = group.join("cgroup.procs").display().to_string();
+    ["sh", "-c", r#"echo $$ > "$0" && exec "$@""#, &procs]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Where the unified hierarchy is mounted, or why it is not.
+///
+/// # Errors
+///
+/// If it is not.
+pub fn unified() -> Result<PathBuf, String> {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .map(PathBuf::from)
+        .into_iter()
+        .find(|root| root.join("cgroup.controllers").exists())
+        .ok_or_else(|| "the unified hierarchy of control groups is not mounted".to_owned())
 }
 
 impl Drop for MemoryCgroup {

@@ -16,6 +16,7 @@ pub mod books;
 pub mod bpf;
 pub mod cgroup;
 pub mod command;
+pub mod container;
 pub mod fixture;
 pub mod machine;
 pub mod process;

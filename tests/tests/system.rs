@@ -3,8 +3,6 @@
 #![allow(clippy::expect_used, reason = "helpers of tests")]
 
 use std::{
-    fs,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -13,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use unfreed_tests::{
     books::{Books, Counts, field},
-    command::output_of,
+    container::own_root,
     fixture::{Fixture, own_allocator},
     machine,
     process::children_of,
@@ -69,33 +67,9 @@ fn plain() -> Fixture {
     Fixture::new("plain.c")
 }
 
-/// A directory tree that has a program, its interpreter and its libraries, copied: other files than
-/// those of the host.
-fn own_root(program: &Path) -> TempDir {
-    let root = TempDir::new().expect("failed to create a directory");
-    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755))
-        .expect("failed to open a directory to others");
-    let mut files = vec![program.to_owned()];
-    // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, and the loader alone.
-    let libraries = output_of(Command::new("ldd").arg(program));
-    files.extend(
-        libraries
-            .split_whitespace()
-            .filter(|word| word.starts_with('/'))
-            .map(PathBuf::from),
-    );
-    for file in files {
-        let inside = file.strip_prefix("/").expect("an absolute path");
-        let to = root.path().join(inside);
-        fs::create_dir_all(to.parent().expect("a parent")).expect("failed to create a directory");
-        fs::copy(&file, &to).expect("failed to copy a file");
-    }
-    root
-}
-
 /// The fixture in mount and PID namespaces of its own, in which it is PID 1.
 fn contained(program: &Path) -> (TempDir, Target, u32) {
-    let root = own_root(program);
+    let root = own_root(&[program]);
     let mut command = Command::new("unshare");
     command
         .args(["--mount", "--pid", "--fork", "--kill-child"])
