@@ -217,16 +217,16 @@ fn a_prefix_that_nothing_has_is_said() {
     assert_exact(&run);
 }
 
-#[test]
-fn an_allocator_that_is_loaded_while_its_process_is_traced_is_exact() {
-    if !skip::is_root() {
-        return;
-    }
-    let library = Fixture::library("prefixed.c").flag("-DPREFIX=je_").build();
-    let program = Fixture::new("late.c").flag("-ldl").build();
+/// A program that loads a library with an allocator after the session began.
+fn assert_late_allocator_exact(library: Fixture, program: Fixture, options: &[&str]) {
+    let library = library.flag("-DPREFIX=je_").build();
+    let program = program.flag("-ldl").build();
     let _turn = machine::take();
     let mut target = Target::start(&program, &[&library.display().to_string()]);
-    let session = Unfreed::attach(&[target.pid()]).start().tracing();
+    let session = Unfreed::attach(&[target.pid()])
+        .options(options)
+        .start()
+        .tracing();
     let before = bpf::links_of(session.process.pid()).len();
     target.process.ask("go", "loaded");
     // At functions that free, at entries and at returns.
@@ -240,6 +240,34 @@ fn an_allocator_that_is_loaded_while_its_process_is_traced_is_exact() {
     assert_eq!(books.0.len(), 2);
     books.assert_equal(&report.books(), report);
     assert_whole(report, 0);
+}
+
+#[test]
+fn an_allocator_that_is_loaded_while_its_process_is_traced_is_exact() {
+    if !skip::is_root() {
+        return;
+    }
+    let (library, program) = (Fixture::library("prefixed.c"), Fixture::new("late.c"));
+    assert_late_allocator_exact(library, program, &[]);
+}
+
+/// musl's loader is its C library, whose probes and whose report of what is loaded are in one file.
+#[test]
+fn an_allocator_that_a_program_of_musl_loads_while_it_is_traced_is_exact() {
+    if !skip::is_root() {
+        return;
+    }
+    let Some(compiler) = skip::need_program("musl-gcc") else {
+        return;
+    };
+    // With probes for this process alone, and for all.
+    for options in [&[][..], &["--follow"]] {
+        assert_late_allocator_exact(
+            Fixture::library("prefixed.c").compiled_by(&compiler),
+            Fixture::new("late.c").compiled_by(&compiler),
+            options,
+        );
+    }
 }
 
 fn interposer() -> PathBuf {
