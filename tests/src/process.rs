@@ -262,8 +262,8 @@ impl Process {
 
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) {
-        // SAFETY: no memory is involved; the child was not reaped, as `Child` is still owned.
-        unsafe { libc::kill(self.pid().cast_signed(), signal) };
+        // The child was not reaped, as `Child` is still owned.
+        self::signal(self.pid(), signal);
     }
 
     /// Waits for its end; kills it and fails if it takes longer than `limit`.
@@ -303,13 +303,16 @@ impl Drop for Process {
         let _ = self.child.kill();
         // Workers outlive a master that is killed; first the master, which would start others.
         for child in children {
-            if let Ok(child) = libc::pid_t::try_from(child) {
-                // SAFETY: no memory involved.
-                unsafe { libc::kill(child, libc::SIGKILL) };
-            }
+            signal(child, libc::SIGKILL);
         }
         let _ = self.child.wait();
     }
+}
+
+/// Sends a process a signal.
+pub fn signal(pid: u32, signal: i32) {
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
 /// PIDs of the children of a process.

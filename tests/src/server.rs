@@ -1,6 +1,7 @@
 //! Real servers under load, on ports of loopback that are free.
 
 use std::{
+    ffi::OsString,
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 use crate::{
     command::output_of,
     process::{Process, children_of},
+    unfreed::{Session, Unfreed},
     wait,
 };
 
@@ -28,6 +30,16 @@ fn free_port() -> u16 {
         .and_then(|listener| listener.local_addr())
         .expect("failed to find a free port")
         .port()
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+fn wait_for_answer(address: SocketAddr, question: Question) {
+    wait::until("the server answers", wait::LONG, || {
+        ask(&mut connect(address).ok()?, question).ok()
+    });
 }
 
 /// What is asked of a server, and how its answer begins.
@@ -41,10 +53,103 @@ const PING: Question = Question {
     request: b"PING\r\n",
     answer: b"+PONG",
 };
+const VERSION: Question = Question {
+    request: b"version\r\n",
+    answer: b"VERSION ",
+};
 const GET: Question = Question {
     request: b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     answer: b"HTTP/1.1 200",
 };
+
+/// A server that is to be started.
+#[derive(Debug)]
+pub struct Plan {
+    command: Vec<OsString>,
+    port: u16,
+    question: Question,
+    directory: TempDir,
+}
+
+impl Plan {
+    /// A redis server that keeps everything in memory.
+    ///
+    /// # Panics
+    ///
+    /// If there is no free port.
+    #[must_use]
+    pub fn redis(program: &Path) -> Self {
+        let port = free_port();
+        let directory = TempDir::new().expect("failed to create a directory");
+        let mut command = vec![program.into()];
+        let listening = ["--port", &port.to_string(), "--bind", "127.0.0.1"];
+        command.extend(listening.map(OsString::from));
+        let in_memory = ["--save", "", "--appendonly", "no", "--daemonize", "no"];
+        command.extend(in_memory.map(OsString::from));
+        command.extend(["--dir".into(), directory.path().into()]);
+        Self {
+            command,
+            port,
+            question: PING,
+            directory,
+        }
+    }
+
+    /// A yrmcds, which speaks memcached's protocol, is written in C++ and linked with tcmalloc. It does
+    /// nothing of its own accord.
+    ///
+    /// # Panics
+    ///
+    /// If there are no free ports.
+    #[must_use]
+    pub fn yrmcds(program: &Path) -> Self {
+        let (port, replication) = (free_port(), free_port());
+        let directory = TempDir::new().expect("failed to create a directory");
+        let root = directory.path().display();
+        let configuration = format!(
+            "virtual_ip = 127.0.0.1
+             port = {port}
+             repl_port = {replication}
+             temp_dir = \"{root}\"
+             log.threshold = error
+             buckets = 10000
+             workers = 2
+             gc_interval = 86400\n"
+        );
+        let file = directory.path().join("yrmcds.conf");
+        fs::write(&file, configuration).expect("failed to write");
+        Self {
+            command: vec![program.into(), "-f".into(), file.into()],
+            port,
+            question: VERSION,
+            directory,
+        }
+    }
+
+    /// Starts it.
+    ///
+    /// # Panics
+    ///
+    /// If it does not answer.
+    #[must_use]
+    pub fn start(self) -> Server {
+        let mut command = Command::new(&self.command[0]);
+        command.args(&self.command[1..]);
+        Server::start(&mut command, self.port, self.question, self.directory)
+    }
+
+    /// Has `unfreed run` start it. Gives the port that it listens on.
+    ///
+    /// # Panics
+    ///
+    /// If it does not answer.
+    #[must_use]
+    pub fn run(self) -> (Session, u16) {
+        let session = Unfreed::run(&self.command).start();
+        wait_for_answer(loopback(self.port), self.question);
+        (session, self.port)
+    }
+}
 
 /// A server.
 #[derive(Debug)]
@@ -59,36 +164,23 @@ pub struct Server {
 
 impl Server {
     fn start(command: &mut Command, port: u16, question: Question, directory: TempDir) -> Self {
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let process = Process::start(command);
         let worker = process.pid();
-        let server = Self {
+        let address = loopback(port);
+        wait_for_answer(address, question);
+        Self {
             process,
             address,
             question,
             worker,
             _directory: directory,
-        };
-        wait::until("the server answers", wait::LONG, || server.ask_once().ok());
-        server
+        }
     }
 
     /// A redis server that keeps everything in memory.
-    ///
-    /// # Panics
-    ///
-    /// If it does not start.
     #[must_use]
     pub fn redis(program: &Path) -> Self {
-        let port = free_port();
-        let directory = TempDir::new().expect("failed to create a directory");
-        let mut command = Command::new(program);
-        command
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1"])
-            .args(["--save", "", "--appendonly", "no", "--daemonize", "no"])
-            .arg("--dir")
-            .arg(directory.path());
-        Self::start(&mut command, port, PING, directory)
+        Plan::redis(program).start()
     }
 
     /// An nginx with one worker and a small page.
@@ -138,13 +230,14 @@ impl Server {
         self.address.port()
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        self.process.signal(signal);
+    }
+
     /// Whether it runs.
     pub fn is_running(&mut self) -> bool {
         self.process.is_running() && Path::new(&format!("/proc/{}/exe", self.worker)).exists()
-    }
-
-    fn ask_once(&self) -> std::io::Result<()> {
-        ask(&mut connect(self.address)?, self.question)
     }
 
     /// Asks it over and over on a connection of its own until told to stop.
@@ -238,6 +331,50 @@ impl Watch {
 /// A load generator, running until dropped.
 #[derive(Debug)]
 pub struct Load(#[expect(dead_code, reason = "held for its end")] Process);
+
+/// Stores and deletes values in a server that speaks memcached's protocol, one after the other, on a
+/// connection that stays open.
+///
+/// # Panics
+///
+/// If an answer is wrong.
+pub fn memcached_requests(connection: &mut TcpStream, rounds: u64) {
+    for round in 0..rounds {
+        let (key, value) = (round % 500, "x".repeat(1 + (round % 2000) as usize));
+        let length = value.len();
+        let stored = format!("set key{key} 0 0 {length}\r\n{value}\r\n");
+        exchange(connection, &stored, "STORED\r\n");
+        exchange(
+            connection,
+            &format!("get key{key}\r\n"),
+            &format!("VALUE key{key} 0 {length}\r\n{value}\r\nEND\r\n"),
+        );
+        if round % 3 == 0 {
+            exchange(connection, &format!("delete key{key}\r\n"), "DELETED\r\n");
+        }
+    }
+}
+
+fn exchange(connection: &mut TcpStream, request: &str, expected: &str) {
+    connection
+        .write_all(request.as_bytes())
+        .expect("failed to ask the server");
+    let mut answer = vec![0; expected.len()];
+    connection
+        .read_exact(&mut answer)
+        .expect("the server answers");
+    assert_eq!(String::from_utf8_lossy(&answer), expected);
+}
+
+/// Connects to a server.
+///
+/// # Panics
+///
+/// If it does not listen.
+#[must_use]
+pub fn connect_to(port: u16) -> TcpStream {
+    connect(loopback(port)).expect("failed to connect to the server")
+}
 
 /// Requests a second that `redis-benchmark` gets through.
 ///

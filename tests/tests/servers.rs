@@ -2,11 +2,20 @@
 
 #![allow(clippy::expect_used, reason = "helpers of tests")]
 
-use std::{collections::BTreeSet, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use unfreed_tests::{
     bpf, machine,
-    server::{Load, Server, nginx_load, nginx_throughput, redis_load, redis_throughput},
+    process::{From, Process, children_of, signal},
+    server::{
+        Load, Plan, Server, connect_to, memcached_requests, nginx_load, nginx_throughput,
+        redis_load, redis_throughput,
+    },
     skip, text,
     unfreed::{Session, Unfreed},
     wait,
@@ -158,4 +167,146 @@ fn nothing_stays_in_a_busy_nginx_when_unfreed_is_killed() {
     {
         assert_clean_after_kill(subject);
     }
+}
+
+/// Runs a server from its start on. If an allocation of it were missed, the block's free would be of an
+/// unknown block; if a free were, another block would be found at its address.
+fn assert_nothing_missed_from_the_start(plan: Plan, load: impl FnOnce(u16)) {
+    let _turn = machine::take();
+    let (session, port) = plan.run();
+    load(port);
+    // Not every server ends whenever it is told to: a worker of yrmcds may spin instead.
+    for server in children_of(session.process.pid()) {
+        signal(server, libc::SIGKILL);
+    }
+    let outcome = session.finish();
+    let report = outcome.report_with_code(137);
+    report.assert_nothing_missed();
+    assert_eq!(report.untracked_frees(), 0, "{report}");
+    let totals = report.totals();
+    assert!(totals.allocs > 10_000, "{report}");
+    assert!(totals.frees > 5000, "{report}");
+}
+
+#[test]
+fn nothing_of_a_redis_with_jemalloc_is_missed_from_its_start_on() {
+    if !skip::is_root() {
+        return;
+    }
+    let programs = ["redis-server", "redis-benchmark"].map(skip::need_program);
+    let [Some(server), Some(benchmark)] = programs else {
+        return;
+    };
+    assert_nothing_missed_from_the_start(Plan::redis(&server), |port| {
+        assert!(redis_throughput(&benchmark, port) > 0.0);
+    });
+}
+
+#[test]
+fn nothing_of_a_cxx_server_with_tcmalloc_is_missed_from_its_start_on() {
+    if !skip::is_root() {
+        return;
+    }
+    let Some(server) = skip::need_program("yrmcdsd") else {
+        return;
+    };
+    assert_nothing_missed_from_the_start(Plan::yrmcds(&server), |port| {
+        memcached_requests(&mut connect_to(port), machine::load(5000));
+    });
+}
+
+/// Calls of allocators as bpftrace sees them, at the first instructions of all functions.
+struct Calls(Process);
+
+impl Calls {
+    /// Of a process, in this library.
+    fn count(pid: u32, library: &Path) -> Self {
+        let points = |functions: &[&str]| {
+            let points = functions
+                .iter()
+                .map(|function| format!("uprobe:{}:{function}", library.display()));
+            points.collect::<Vec<String>>().join(",")
+        };
+        // Some of them are one function by several names: so by address.
+        let script = format!(
+            "{} {{ @allocs[reg(\"ip\"), probe] = count(); }}\n\
+             {} /arg0 != 0/ {{ @frees[reg(\"ip\"), probe] = count(); }}\n\
+             interval:ms:100 {{ printf(\"counting\"); }}",
+            points(&[
+                "malloc",
+                "calloc",
+                "realloc",
+                "posix_memalign",
+                "_Znwm",
+                "_Znam",
+                "_ZnwmRKSt9nothrow_t",
+                "_ZnamRKSt9nothrow_t",
+                "_ZnwmSt11align_val_t",
+            ]),
+            points(&[
+                "free",
+                "realloc",
+                "_ZdlPv",
+                "_ZdaPv",
+                "_ZdlPvm",
+                "_ZdlPvRKSt9nothrow_t",
+                "_ZdlPvSt11align_val_t",
+            ])
+        );
+        let mut command = Command::new("bpftrace");
+        command.args(["-f", "json", "-p", &pid.to_string(), "-e", &script]);
+        let process = Process::start(&mut command);
+        // It is heard only when all stand.
+        process.line(From::Stdout, |line| line.contains("counting"));
+        Self(process)
+    }
+
+    /// Allocations and frees since.
+    fn stop(self) -> [u64; 2] {
+        self.0.signal(libc::SIGINT);
+        let finished = self.0.finish();
+        ["@allocs", "@frees"].map(|map| {
+            let counts = finished
+                .stdout
+                .lines()
+                .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+                .find_map(|line| line["data"][map].as_object().cloned());
+            let mut by_address = BTreeMap::new();
+            for (key, count) in counts.into_iter().flatten() {
+                let address = key.split(',').next().unwrap_or_default().to_owned();
+                by_address.insert(address, count.as_u64().expect("a count"));
+            }
+            by_address.values().sum()
+        })
+    }
+}
+
+#[test]
+fn another_tool_counts_as_many_calls_of_a_cxx_server_with_tcmalloc() {
+    if !skip::is_root() {
+        return;
+    }
+    let programs = ["yrmcdsd", "bpftrace"].map(skip::need_program);
+    let library = skip::need_library("libtcmalloc_minimal.so.4");
+    let ([Some(program), Some(_)], Some(library)) = (programs, library) else {
+        return;
+    };
+    let _turn = machine::take();
+    let server = Plan::yrmcds(&program).start();
+    let mut connection = connect_to(server.port());
+    // It stands still while they come and go, so that both see the same of it.
+    server.signal(libc::SIGSTOP);
+    let calls = Calls::count(server.pid(), &library);
+    let session = Unfreed::attach(&[server.pid()]).start().tracing();
+    server.signal(libc::SIGCONT);
+    memcached_requests(&mut connection, machine::load(3000));
+    server.signal(libc::SIGSTOP);
+    let outcome = session.stop();
+    let counted = calls.stop();
+    let report = outcome.report_with_code(0);
+    report.assert_nothing_missed();
+    let totals = report.totals();
+    let seen = [totals.allocs, totals.frees + report.untracked_frees()];
+    assert_eq!(counted, seen, "{report}");
+    assert!(seen.iter().all(|count| *count > 3000), "{seen:?}");
 }

@@ -25,7 +25,7 @@ const BPF_PACKAGES: [Package; 6] = [
 ];
 
 /// What the integration tests run, trace or compile fixtures with.
-const TEST_PACKAGES: [Package; 26] = [
+const TEST_PACKAGES: [Package; 27] = [
     Package::new("gcc", "fixtures in C"),
     Package::new("g++", "fixtures in C++"),
     Package::new("libc6-dev", "headers of the fixtures"),
@@ -50,6 +50,7 @@ const TEST_PACKAGES: [Package; 26] = [
     ),
     Package::new("redis-server", "a real server to trace"),
     Package::new("redis-tools", "its load: redis-benchmark"),
+    Package::new("yrmcds", "a real server in C++ with tcmalloc"),
     Package::new("nginx-light", "a real server that forks workers"),
     Package::new("wrk", "its load"),
     Package::new("postgresql", "a real server with plugins to unwind"),
