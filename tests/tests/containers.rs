@@ -101,8 +101,14 @@ fn a_file_that_containers_have_under_names_of_their_own_counts_once() {
     };
     let [first, second] = overlays.roots();
     let pattern = format!("{}/*", first.parent().expect("a parent").display());
-    // How many of each container: probes for all in both, and in neither.
-    for (in_first, in_second, is_by_name) in [(3, 3, true), (5, 5, false), (2, 2, false)] {
+    // How many of each container: probes for all, and in the end for each.
+    for (in_first, in_second, is_by_name) in [
+        (3, 3, true),
+        (5, 5, false),
+        (6, 2, false),
+        (2, 6, false),
+        (2, 2, false),
+    ] {
         let start = |root: &PathBuf, number| container::start_in(root, &program, number);
         let mut targets: Vec<Target> = (0..in_first).map(|number| start(&first, number)).collect();
         targets.extend((0..in_second).map(|number| start(&second, number)));

@@ -15,7 +15,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 
 use crate::{
     bpf::{
@@ -149,15 +148,14 @@ impl Attachments {
         let Some(part) = segment.mapping.file() else {
             return Ok(Vec::new());
         };
-        let is_shared = self.is_shared(part.file);
         let is_report = programs
             .iter()
             .any(|(program, _)| *program == ProbeProgram::LoaderReport);
         let key = (part.file, is_report);
         let build_id = segment.file.as_ref().and_then(|file| file.build_id());
-        if is_shared
-            && (self.standing.contains_key(&key)
-                || self.is_same_file(key, pid, segment, build_id, programs))
+        let is_shared = self.is_shared(part.file);
+        if (is_shared && self.standing.contains_key(&key))
+            || self.is_same_file(key, pid, segment, build_id, programs)
         {
             return Ok(Vec::new());
         }
@@ -208,8 +206,7 @@ impl Attachments {
         let (true, Some(point)) = (known, point) else {
             return false;
         };
-        let is_overlaid = statfs(&segment.mapping.map_file(pid))
-            .is_ok_and(|fs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC);
+        let is_overlaid = segment.file.as_ref().is_some_and(|file| file.is_overlaid);
         // If it is the same, it has our breakpoints already.
         let is_probed = is_overlaid && is_probed(pid, segment, point.file_offset).unwrap_or(false);
         if is_probed {
@@ -229,12 +226,25 @@ impl Attachments {
     /// `CLOCK_MONOTONIC` in nanoseconds; 0 if there are none.
     #[must_use]
     pub fn stood_at_ns(&self, space: &AddressSpace) -> u64 {
+        self.since_ns(space, false).unwrap_or(0)
+    }
+
+    /// Since when a process's dynamic loader tells when it maps libraries, if that is by a probe that is for
+    /// all processes, likewise.
+    #[must_use]
+    pub fn loader_hooked_at_ns(&self, space: &AddressSpace) -> Option<u64> {
+        self.since_ns(space, true)
+    }
+
+    fn since_ns(&self, space: &AddressSpace, is_report: bool) -> Option<u64> {
         let mapped = space.segments().iter().filter(|segment| segment.is_mapped);
         mapped
-            .filter_map(|segment| self.standing.get(&(segment.mapping.file()?.file, false)))
+            .filter_map(|segment| {
+                self.standing
+                    .get(&(segment.mapping.file()?.file, is_report))
+            })
             .map(|standing| standing.since_ns)
             .max()
-            .unwrap_or(0)
     }
 
     /// Takes the probes that are for all away.
@@ -271,18 +281,43 @@ pub fn worth_sharing<'a>(
     spaces: impl Iterator<Item = &'a [Segment]>,
     is_probed: impl Fn(&KnownFile) -> bool,
 ) -> Vec<FileId> {
-    let mut users: HashMap<FileId, usize> = HashMap::new();
+    // Files of containers that may be the same count together: if they are, probes for one process in the
+    // one and for all in the other would both be hit.
+    let mut users: HashMap<Alike, (HashSet<FileId>, usize)> = HashMap::new();
     for segments in spaces {
-        let files: HashSet<FileId> = segments
+        let files: HashSet<(Alike, FileId)> = segments
             .iter()
             .filter(|segment| segment.is_mapped)
             .filter(|segment| segment.file.as_deref().is_some_and(&is_probed))
-            .filter_map(|segment| Some(segment.mapping.file()?.file))
+            .filter_map(|segment| {
+                let id = segment.mapping.file()?.file;
+                Some((Alike::of(id, segment.file.as_deref()?), id))
+            })
             .collect();
-        for file in files {
-            *users.entry(file).or_default() += 1;
+        for (alike, file) in files {
+            let (files, count) = users.entry(alike).or_default();
+            files.insert(file);
+            *count += 1;
         }
     }
-    users.retain(|_, users| *users > MOST_PROCESSES);
-    users.into_keys().collect()
+    users.retain(|_, (_, count)| *count > MOST_PROCESSES);
+    users.into_values().flat_map(|(files, _)| files).collect()
+}
+
+/// What files that may be the same have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Alike {
+    /// A file by itself.
+    File(FileId),
+    /// Files of containers, by their build ID.
+    Overlaid(String),
+}
+
+impl Alike {
+    fn of(id: FileId, file: &KnownFile) -> Self {
+        match file.build_id().filter(|_| file.is_overlaid) {
+            Some(build_id) => Self::Overlaid(build_id.to_owned()),
+            None => Self::File(id),
+        }
+    }
 }

@@ -12,7 +12,10 @@ use std::{
     rc::Rc,
 };
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+};
 
 use crate::{
     discover::{
@@ -40,6 +43,8 @@ pub struct KnownFile {
     pub is_elf: bool,
     /// What it defines; the error, in words, if it could not be read as a program or library.
     pub module: Result<Module, String>,
+    /// Whether it is a container's (overlayfs), where the same file has other names and numbers in others.
+    pub is_overlaid: bool,
     /// Files that describe it, as the process that showed it could see them.
     pub debug_files: Vec<DebugFile>,
     /// Keeps the inode alive.
@@ -155,6 +160,7 @@ impl Files {
         let known = Rc::new(KnownFile {
             number: self.number(),
             path: part.path.clone(),
+            is_overlaid: handle.as_ref().is_some_and(is_overlaid),
             is_elf: is_regular && handle.as_ref().is_none_or(is_elf),
             module: match &handle {
                 Some(handle) => Module::read(&fd_path(handle), &self.search)
@@ -190,6 +196,7 @@ impl Files {
             number: self.number(),
             path: PathBuf::from("[vdso]"),
             path_inside: PathBuf::from("[vdso]"),
+            is_overlaid: false,
             is_elf: true,
             debug_files: Vec::new(),
             module: Module::read(&fd_path(&file), &self.search)
@@ -357,6 +364,10 @@ fn segment_of(segments: &[Segment], address: u64) -> Option<&Segment> {
     let after = segments.partition_point(|segment| segment.mapping.start < address);
     let segment = &segments[after.checked_sub(1)?];
     (address <= segment.mapping.end).then_some(segment)
+}
+
+fn is_overlaid(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == OVERLAYFS_SUPER_MAGIC)
 }
 
 fn is_elf(file: &File) -> bool {

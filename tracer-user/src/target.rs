@@ -91,6 +91,8 @@ pub struct Target {
     published: Vec<unwind::Segment>,
     /// Changes of the code that what is known in `space` is after.
     code_changes: u32,
+    /// When that was looked at last, `CLOCK_MONOTONIC` in nanoseconds.
+    refreshed_ns: u64,
     /// When to look for code that was not known, and how long to wait until the time after.
     next_look: Instant,
     wait_for_look: Duration,
@@ -178,6 +180,7 @@ impl Target {
             unwinder: None,
             published: Vec::new(),
             code_changes: 0,
+            refreshed_ns: 0,
             next_look: Instant::now(),
             wait_for_look: LEAST_WAIT,
             probed: HashSet::new(),
@@ -308,10 +311,13 @@ impl Target {
     ) -> anyhow::Result<usize> {
         loop {
             let probed = self.probed.len();
-            let changes = tracer.code_changes(self.instance);
-            self.space.refresh(self.process.pid, files)?;
-            self.is_unpublished = true;
-            self.code_changes = changes;
+            if !self.is_up_to_date(tracer, attachments) {
+                let changes = tracer.code_changes(self.instance);
+                self.refreshed_ns = monotonic_ns();
+                self.space.refresh(self.process.pid, files)?;
+                self.is_unpublished = true;
+                self.code_changes = changes;
+            }
             // Even if it fails: what failed is not tried again before something else is mapped.
             self.looked_at = Some(self.space.version());
             for segment in self.space.segments().to_vec() {
@@ -326,6 +332,15 @@ impl Target {
                 return Ok(self.probes);
             }
         }
+    }
+
+    /// Whether what is known to be mapped is so still: its loader has been heard since it was looked at,
+    /// and said nothing. To look takes 0.2 ms.
+    fn is_up_to_date(&self, tracer: &Tracer, attachments: &Attachments) -> bool {
+        let is_heard = attachments
+            .loader_hooked_at_ns(&self.space)
+            .is_some_and(|hooked_ns| hooked_ns < self.refreshed_ns);
+        is_heard && tracer.code_changes(self.instance) == self.code_changes
     }
 
     fn probe(

@@ -1,9 +1,12 @@
 //! `unfreed demo`: a leaking server, traced before your eyes.
 
 use std::{
+    alloc::{GlobalAlloc as _, Layout, System, handle_alloc_error},
     hint::black_box,
     io,
+    ops::Deref,
     process::{Child, Command, ExitCode, Stdio},
+    ptr::NonNull,
     thread,
     time::Duration,
 };
@@ -97,16 +100,54 @@ pub fn server() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// A value on the heap of the C library, as that of most programs is: unfreed's own heap is another (see
+/// `main.rs`), which nobody traces.
+struct OnHeap<T>(NonNull<T>);
+
+impl<T> OnHeap<T> {
+    #[inline(always)]
+    fn new(value: T) -> Self {
+        let layout = Layout::new::<T>();
+        assert_ne!(layout.size(), 0, "there is nothing to put there");
+        // SAFETY: the layout has a size.
+        let Some(place) = NonNull::new(unsafe { System.alloc(layout) }.cast::<T>()) else {
+            handle_alloc_error(layout);
+        };
+        // SAFETY: room for a value, which nobody else has.
+        unsafe { place.write(value) };
+        Self(place)
+    }
+}
+
+impl<T> Deref for OnHeap<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: the value that was put there.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl<T> Drop for OnHeap<T> {
+    fn drop(&mut self) {
+        // SAFETY: allocated above, with this layout, and not used from here on.
+        unsafe {
+            self.0.drop_in_place();
+            System.dealloc(self.0.as_ptr().cast(), Layout::new::<T>());
+        }
+    }
+}
+
 /// What a user of the server has open.
 struct Session {
     user: u64,
-    cart: Vec<u64>,
+    cart: OnHeap<[u64; 64]>,
 }
 
 #[inline(never)]
 fn handle_request(number: u64) {
     let query = parse_query(number);
-    let session = open_session(query.len() as u64 ^ number);
+    let session = open_session(query[0] ^ number);
     if number.is_multiple_of(10) {
         // The bug: a session that ended in an error is forgotten instead of closed.
         std::mem::forget(black_box(session));
@@ -116,23 +157,19 @@ fn handle_request(number: u64) {
 }
 
 #[inline(never)]
-fn parse_query(number: u64) -> Vec<String> {
-    black_box(vec![format!("/cart/{number}"), "GET".to_owned()])
+fn parse_query(number: u64) -> OnHeap<[u64; 4]> {
+    black_box(OnHeap::new([number; 4]))
 }
 
 #[inline(never)]
-fn open_session(user: u64) -> Box<Session> {
-    black_box(Box::new(Session {
+fn open_session(user: u64) -> OnHeap<Session> {
+    black_box(OnHeap::new(Session {
         user,
-        cart: vec![user; 64],
+        cart: OnHeap::new([user; 64]),
     }))
 }
 
 #[inline(never)]
-#[expect(
-    clippy::boxed_local,
-    reason = "the session is on the heap, as a server's are"
-)]
-fn close_session(session: Box<Session>) {
+fn close_session(session: OnHeap<Session>) {
     black_box(session.user + session.cart.len() as u64);
 }

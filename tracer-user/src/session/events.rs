@@ -220,9 +220,8 @@ impl Session {
             self.forget(header.tgid, header.instance);
             return;
         }
-        if parent.process.labels.namespace_pid.is_some() {
-            process.labels.namespace_pid = namespace_pid(header.tgid);
-        }
+        // It may be in another PID namespace than its parent.
+        process.labels.namespace_pid = namespace_pid(header.tgid);
         let mut child = Target::forked(&mut self.tracer, parent, process, header.instance);
         let armed_at_ns = self.tracer.instance(header.instance).armed_at_ns;
         child.from_start = self.attachments.stood_at_ns(&child.space) <= armed_at_ns;
