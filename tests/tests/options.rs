@@ -1,6 +1,6 @@
 //! Options of `run` and `attach`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, process::Command, time::Duration};
 
 use unfreed_tests::{
     books::{Books, Counts},
@@ -140,6 +140,66 @@ fn sigterm_ends_the_session_with_the_report() {
     let report = outcome.report_with_code(0);
     assert_eq!(report.0["command"].as_str(), Some("attach"));
     target.books().assert_equal(&report.books(), report);
+}
+
+#[test]
+fn a_signal_that_comes_while_it_starts_is_answered() {
+    if !skip::is_root() {
+        return;
+    }
+    let target = Target::start(&small(), &["hold", "0"]);
+    let pid = target.pid().to_string();
+    let subjects: [(&str, &[&str]); 2] = [("attach", &[&pid]), ("run", &["--", "sleep", "60"])];
+    for (verb, subject) in subjects {
+        let mut session = Unfreed::verb(verb, subject).start();
+        let status = format!("/proc/{}/status", session.process.pid());
+        unfreed_tests::wait::until_true("signals are held back", Duration::from_secs(20), || {
+            let status = std::fs::read_to_string(&status).unwrap_or_default();
+            let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+            let blocked = blocked.map(|mask| u64::from_str_radix(mask.trim(), 16));
+            matches!(blocked, Some(Ok(mask)) if mask & 1 << (libc::SIGINT - 1) != 0)
+        });
+        assert!(session.process.is_running());
+        session.process.signal(libc::SIGINT);
+        let line = session.finish().error_line(128 + libc::SIGINT);
+        assert!(
+            line.contains("SIGINT came before anything was traced"),
+            "{line}"
+        );
+    }
+    text::assert_clean(target.pid());
+}
+
+#[test]
+fn a_return_probe_that_no_exception_can_pass_is_told() {
+    if !skip::is_root() {
+        return;
+    }
+    let Some(library) = skip::need_library("libtcmalloc_minimal.so.4") else {
+        return;
+    };
+    let mut command = Command::new(small());
+    command.env("LD_PRELOAD", library);
+    let target = Target::start_with(command, &["hold", "0"]);
+    let told = |pid| {
+        let outcome = Unfreed::attach(&[pid])
+            .options(["--duration", "0.1"])
+            .finish();
+        assert_eq!(outcome.finished.code(), 0, "{}", outcome.finished);
+        let lines = outcome.finished.stderr.lines();
+        lines
+            .filter(|line| line.contains("throw bad_alloc"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let lines = told(target.pid());
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(
+        lines[0].contains("operator new of libtcmalloc_minimal"),
+        "{lines:?}"
+    );
+    let usual = Target::start(&small(), &["hold", "0"]);
+    assert_eq!(told(usual.pid()), [] as [&str; 0]);
 }
 
 #[test]

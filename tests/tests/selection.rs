@@ -6,6 +6,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -14,7 +15,7 @@ use unfreed_tests::{
     cgroup::MemoryCgroup,
     fixture::Fixture,
     machine,
-    process::Process,
+    process::{From, Process},
     report::{Report, books_of_process, exit_of},
     skip,
     target::Target,
@@ -158,15 +159,150 @@ fn nothing_to_trace_is_an_error_unless_it_is_waited_for() {
         .start();
     session
         .process
-        .line(unfreed_tests::process::From::Stderr, |line| {
-            line.contains("waiting for a process")
-        });
+        .line(From::Stderr, |line| line.contains("waiting for a process"));
     let mut target = Target::start(&program, &[]);
     target.work();
     let outcome = session.stop();
     // Its library had no probes when it began.
     let report = outcome.report_with_code(0);
     assert_eq!(report.process(target.pid())["comm"], "unfreed-waited");
+}
+
+#[test]
+fn what_is_waited_for_has_all_of_the_duration() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let names = Names::new();
+    let program = names.copy("unfreed-awaited");
+    let wait = || {
+        let session = Unfreed::verb(
+            "attach",
+            [
+                "unfreed-awaited",
+                "--wait",
+                "--duration",
+                "1",
+                "--interval",
+                "0.1",
+            ],
+        )
+        .with_report()
+        .start();
+        session
+            .process
+            .line(From::Stderr, |line| line.contains("waiting for a process"));
+        session
+    };
+    let mut session = wait();
+    // Longer than the duration.
+    std::thread::sleep(Duration::from_millis(1300));
+    assert!(session.process.is_running(), "it has not begun");
+    let target = Target::start(&program, &[]);
+    let begun = session
+        .process
+        .line(From::Stderr, |line| line.contains("tracing PID"));
+    assert!(
+        begun.contains(&target.pid().to_string()) && begun.contains("the report comes in 1 s"),
+        "{begun}"
+    );
+    let outcome = session.finish_within(Duration::from_secs(20));
+    let report = outcome.report_with_code(0);
+    assert!(
+        report.0["duration_s"].as_f64().is_some_and(|s| s >= 1.0),
+        "{report}"
+    );
+
+    drop(target);
+    let outcome = wait().stop();
+    assert_eq!(outcome.finished.code(), 1, "{}", outcome.finished);
+    assert!(
+        outcome
+            .finished
+            .stderr
+            .contains("\nunfreed: no process came"),
+        "{}",
+        outcome.finished
+    );
+}
+
+#[test]
+fn programs_are_found_by_links_and_scripts_by_their_path() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let names = Names::new();
+    let mut target = names.start("unfreed-linked");
+    let link = names.path().join("link");
+    std::os::unix::fs::symlink("unfreed-linked", &link).expect("failed to make a link");
+    let link = link.to_str().expect("a path in UTF-8");
+    let session = attach([link]);
+    target.work();
+    assert_traced(&session.stop(), &[&target]);
+
+    let script = names.path().join("script");
+    fs::write(&script, "#!/bin/sh -e\necho ready\nread line\n").expect("failed to write a script");
+    fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .expect("failed to make a script executable");
+    let process = Process::start(&mut Command::new(&script));
+    process.expect("ready");
+    let session = attach([script.to_str().expect("a path in UTF-8")]);
+    let outcome = session.stop();
+    let report = outcome.report_with_code(0);
+    assert_eq!(report.processes().len(), 1, "{report}");
+    assert_eq!(report.process(process.pid())["pid"], process.pid());
+}
+
+#[test]
+fn what_means_no_process_is_told_beside_what_does() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let names = Names::new();
+    let target = names.start("unfreed-present");
+    let path = "/nowhere/unfreed-absent";
+    let outcome = Unfreed::verb(
+        "attach",
+        ["unfreed-present", "4194305", "unfreed-absent", path],
+    )
+    .options(["--exclude", "unfreed-excluded", "--duration", "0.2"])
+    .finish();
+    assert_eq!(outcome.finished.code(), 0, "{}", outcome.finished);
+    for line in [
+        "unfreed: there is no process with PID 4194305; left out\n",
+        "unfreed: no process is named unfreed-absent (yet): one that comes is traced\n",
+        "unfreed: no process runs /nowhere/unfreed-absent (yet): one that comes is traced\n",
+        "unfreed: --exclude unfreed-excluded leaves no process out\n",
+    ] {
+        assert_eq!(
+            outcome.finished.stderr.matches(line).count(),
+            1,
+            "{}",
+            outcome.finished
+        );
+    }
+
+    let pid = target.pid().to_string();
+    for (arguments, reason) in [
+        (
+            &["unfreed-present", "--user", "64322"][..],
+            "--user 64322 leaves out every process that is named unfreed-present",
+        ),
+        (
+            &[&pid, "--exclude", "unfreed-p*"],
+            &format!("--exclude unfreed-p* leaves out PID {pid}"),
+        ),
+        (
+            &["--container", "unfreed-none"],
+            "no process matches --container unfreed-none",
+        ),
+    ] {
+        let line = Unfreed::verb("attach", arguments).finish().error_line(1);
+        assert!(line.contains(reason), "{line}");
+    }
 }
 
 #[test]

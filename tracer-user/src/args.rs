@@ -84,7 +84,9 @@ Examples:
     #[command(after_help = "\
 A table is printed every --interval seconds; Ctrl-C, --duration, --count or the end of the
 processes ends the session with the final report. The processes run on undisturbed. With --format
-json only the final report is given.
+json only the final report is given. unfreed ends with 0 if there is a report, 1 if there is none
+(nothing to trace, or not permitted), 2 if the command line is wrong, and 128+n if signal n came
+before anything was traced.
 
 A process is traced if any TARGET names it (all are without one), if it is in a --cgroup and a
 --container and of a --user that are given, and if no --exclude names it. Processes that come later
@@ -389,7 +391,8 @@ pub struct Run {
 /// `unfreed attach`.
 #[derive(Debug, ClapArgs)]
 pub struct Attach {
-    /// Processes to trace: by PID, name (`nginx`, `php-fpm*`) or path of the program (with a slash)
+    /// Processes to trace: by PID, name (`nginx`, `php-fpm*`), path of the program (with a slash;
+    /// links are followed), or path of the script that an interpreter runs (without `*`)
     #[arg(value_name = "TARGET", value_parser = target,
           required_unless_present_any = ["pid", "cgroup", "container", "user", "all"])]
     pub targets: Vec<String>,
@@ -412,7 +415,7 @@ pub struct Attach {
     /// Leave these processes out: PID, name or path as for TARGET (may be repeated)
     #[arg(long, value_name = "TARGET", value_parser = target)]
     pub exclude: Vec<String>,
-    /// Wait for processes if there are none yet
+    /// Wait for processes if there are none yet; --duration and --count begin with the first
     #[arg(long)]
     pub wait: bool,
     /// Seconds between tables

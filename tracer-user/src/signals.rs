@@ -44,6 +44,13 @@ impl Signals {
         self.mask_before
     }
 
+    /// The next one, if it has come already.
+    pub fn pending(&self) -> anyhow::Result<Option<Signal>> {
+        let read = self.fd.get_ref().read_signal();
+        let info = read.context("failed to read a signal")?;
+        Ok(info.and_then(|info| Signal::try_from(info.ssi_signo as i32).ok()))
+    }
+
     /// Waits for the next one.
     pub async fn next(&self) -> anyhow::Result<Received> {
         loop {

@@ -27,7 +27,7 @@ use crate::{
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
     ranges::Ranges,
-    report::Exit,
+    report::{Exit, units::counted},
     unwind::{
         copies::{Codes, Copy, Unwinder},
         library::Library,
@@ -104,6 +104,8 @@ pub struct Target {
     matched: HashSet<usize>,
     /// Whether a function with the user's prefix is probed.
     has_prefixed: bool,
+    /// Files of which functions have return probes that may throw.
+    throwing: Vec<PathBuf>,
 }
 
 /// What is probed.
@@ -188,6 +190,7 @@ impl Target {
             probes: 0,
             matched: HashSet::new(),
             has_prefixed: false,
+            throwing: Vec::new(),
         }
     }
 
@@ -389,17 +392,22 @@ impl Target {
                 self.matched.insert(*index);
             }
         }
-        for function in functions.iter().filter(|function| function.throws) {
-            log::info!(
-                "PID {pid}: {} has a return probe: an exception thrown by it ends the process",
-                function.names.join(", ")
-            );
+        if functions.iter().any(|function| function.throws) {
+            self.throwing.push(file.path.clone());
         }
         log::info!(
-            "PID {pid}: probing {probes} functions of {}",
+            "PID {pid}: probing {} of {}",
+            counted(probes as u64, "function"),
             file.path.display()
         );
         Ok(())
+    }
+
+    /// Files whose `operator new` has return probes, which no exception can pass: one that is thrown
+    /// for want of memory ends the process.
+    #[must_use]
+    pub fn throwing(&self) -> &[PathBuf] {
+        &self.throwing
     }
 
     /// Whether files are mapped whose functions were not looked at.

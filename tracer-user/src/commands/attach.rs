@@ -1,67 +1,82 @@
 //! `unfreed attach`: processes that are running.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     io::{self, Write as _},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use super::{block_on, raise_file_limit, reading_tables, say};
+use super::{Interrupted, block_on, raise_file_limit, reading_tables, say};
 use crate::{
     args::{Attach, Format, ReportOptions, TraceOptions},
     calibrate::{self, ProbeCost},
     discover::{
         labels::ContainerNames,
         process::Process,
-        selection::{Selection, Wishes},
+        selection::{Gap, Selection, Wishes},
     },
     host::Host,
     preflight,
-    report::{self, Report},
+    report::{self, Report, units::counted},
     session::Session,
     signals::Signals,
     target::{End, Target},
+    terminal::harmless,
 };
 
 /// Traces running processes until the user has seen enough.
 pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
-    // First what no process can change.
-    Host::read().check()?;
-    report::check_output(&args.report)?;
-    raise_file_limit();
-    let targets = args.all_targets();
-    let selection = Selection::new(&Wishes {
-        targets: &targets,
-        exclude: &args.exclude,
-        cgroups: &args.cgroup,
-        containers: &args.container,
-        users: &args.user,
+    let traced = block_on(async {
+        let signals = hold_signals()?;
+        // First what no process can change.
+        Host::read().check()?;
+        report::check_output(&args.report)?;
+        raise_file_limit();
+        let targets = args.all_targets();
+        let selection = Selection::new(&Wishes {
+            targets: &targets,
+            exclude: &args.exclude,
+            cgroups: &args.cgroup,
+            containers: &args.container,
+            users: &args.user,
+        })?;
+        let processes = find(&selection, args.wait)?;
+        let plan = Plan {
+            interval: args.interval,
+            count: args.count,
+            duration: args.duration,
+            report: &args.report,
+            trace: &args.trace,
+            waits: args.wait,
+        };
+        trace("attach", selection, processes, &plan, signals).await
     })?;
-    let processes = find(&selection, &targets, args.wait)?;
-    let plan = Plan {
-        interval: args.interval,
-        count: args.count,
-        duration: args.duration,
-        report: &args.report,
-        trace: &args.trace,
-        waits: args.wait,
-    };
-    let traced = block_on(trace("attach", selection, processes, &plan))?;
     traced.report.give(&args.report, &mut io::stdout())?;
     traced.trouble.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
+/// From here on Ctrl-C means: report. It is held back before anything is attached, so that the
+/// probes are always taken away in order.
+pub(super) fn hold_signals() -> anyhow::Result<Signals> {
+    Signals::hold(&[
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ])
+}
+
 /// The processes that are there. It is an error if there are none, unless they are waited for.
-fn find(selection: &Selection, targets: &[String], waits: bool) -> anyhow::Result<Vec<Process>> {
+fn find(selection: &Selection, waits: bool) -> anyhow::Result<Vec<Process>> {
     let found = selection.find(&mut ContainerNames::default());
-    let several = found.len() > 1 || selection.is_open();
+    let several = found.processes.len() > 1 || selection.is_open();
     let mut processes = Vec::new();
-    for (_, process) in found {
+    for (_, process) in found.processes {
         match process {
             Ok(process) => processes.push(process),
             // One bad process among several does not end the session.
@@ -70,18 +85,35 @@ fn find(selection: &Selection, targets: &[String], waits: bool) -> anyhow::Resul
         }
     }
     if processes.is_empty() && !(waits && selection.is_open()) {
-        let what = match targets {
-            [] => "no process is like that".to_owned(),
-            [target] => format!("no process is named {target}"),
-            targets => format!("no process is named {}", targets.join(" or ")),
-        };
-        let to_do = match selection.is_open() {
-            true => " (`ps` or `unfreed top` list them; --wait waits for one)",
-            false => "",
-        };
-        bail!("{what}{to_do}");
+        bail!(why_none(selection, &found.gaps));
+    }
+    for gap in found.gaps {
+        match gap {
+            Gap::Nobody(_) | Gap::ExcludesNobody(_) if processes.is_empty() => {}
+            Gap::Nobody(_) => say(format_args!(
+                "unfreed: {gap} (yet): one that comes is traced"
+            )),
+            Gap::LeftOut(_) | Gap::ExcludesNobody(_) => say(format_args!("unfreed: {gap}")),
+        }
     }
     Ok(processes)
+}
+
+/// Why there is nothing to trace, and what to do.
+fn why_none(selection: &Selection, gaps: &[Gap]) -> String {
+    let reasons: Vec<_> = gaps
+        .iter()
+        .filter(|gap| !matches!(gap, Gap::ExcludesNobody(_)))
+        .map(Gap::to_string)
+        .collect();
+    let reason = match reasons.is_empty() {
+        true => "no process is left to trace".to_owned(),
+        false => reasons.join(", and "),
+    };
+    match selection.is_open() {
+        true => format!("{reason} (`ps` or `unfreed top` list them; --wait waits for one)"),
+        false => reason,
+    }
 }
 
 /// How long to trace, and what to tell meanwhile.
@@ -108,21 +140,15 @@ pub(super) async fn trace(
     selection: Selection,
     processes: Vec<Process>,
     plan: &Plan<'_>,
+    signals: Signals,
 ) -> anyhow::Result<Traced> {
     let mut session = Session::new(command, plan.trace, plan.report, selection)?;
     if session.shares_all_probes() {
         preflight::permit_shared(session.host(), plan.trace.force)?;
     }
-    // From here on Ctrl-C means: report. It is held back before anything is attached, so that the
-    // probes are always taken away in order.
-    let signals = Signals::hold(&[
-        Signal::SIGINT,
-        Signal::SIGTERM,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-    ])?;
     let cost = calibrate::measure(session.tracer())?;
     session.set_trap_ns(cost.emulated_ns);
+    Interrupted::check(&signals)?;
     let several = processes.len() > 1 || session.selection().is_open();
     let mut first_error = None;
     for process in processes {
@@ -136,6 +162,7 @@ pub(super) async fn trace(
     session.plan_probes();
     tell_cost(&session, &cost);
     for (instance, pid) in instances(&session) {
+        Interrupted::check(&signals)?;
         match probe(&mut session, instance) {
             Ok(()) => {}
             Err(error) => {
@@ -163,8 +190,12 @@ pub(super) async fn trace(
         session.arm(instance);
     }
     session.restart_clock();
-    tell_start(&session, plan);
-    let watched = watch(&mut session, &signals, plan).await;
+    if session.targets().is_empty() {
+        say("waiting for a process to trace; Ctrl-C gives up");
+    } else {
+        tell_start(&session, plan);
+    }
+    let watched = watch(&mut session, &signals, plan, &cost).await;
     let stopped = session.stop();
     Ok(Traced {
         report: session.report(true)?,
@@ -225,12 +256,17 @@ fn tell_cost(session: &Session, cost: &ProbeCost) {
     for shared in session.shared_probes() {
         if shared.other_processes > 0 {
             let ns = cost.emulated_ns + cost.return_ns;
+            let pay = if shared.other_processes == 1 {
+                "pays"
+            } else {
+                "pay"
+            };
             say(format_args!(
-                "the probes in {} are for all processes that have it mapped: {} others pay about \
+                "the probes in {} are for all processes that have it mapped: {} {pay} about \
                  {:.1} us for every call of malloc there, and {:.1} us for every free, while this \
                  goes on",
                 shared.path.display(),
-                shared.other_processes,
+                counted(shared.other_processes as u64, "other process"),
                 f64::from(ns) / 1e3,
                 f64::from(cost.emulated_ns) / 1e3,
             ));
@@ -238,7 +274,7 @@ fn tell_cost(session: &Session, cost: &ProbeCost) {
     }
 }
 
-/// Says that recording has begun.
+/// Says that recording has begun, and what is dangerous about it.
 fn tell_start(session: &Session, plan: &Plan<'_>) {
     /// More are not told one by one.
     const FEW: usize = 5;
@@ -249,25 +285,38 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
         (None, None) => "Ctrl-C ends with the report".to_owned(),
     };
     let targets = session.targets();
-    if targets.is_empty() {
-        say(format_args!("waiting for a process to trace; {end}"));
-    } else if targets.len() <= FEW {
+    for name in throwing(targets.values()) {
+        say(format_args!(
+            "operator new of {name} has return probes, which no exception can pass: should it run \
+             out of memory and throw bad_alloc while this goes on, the process ends \
+             (std::terminate)"
+        ));
+    }
+    if targets.len() <= FEW {
         for target in targets.values() {
             say(format_args!(
-                "tracing PID {} ({}): {} allocator functions probed; {end}",
+                "tracing PID {} ({}): {} probed; {end}",
                 target.process.pid,
                 target.process.comm,
-                target.probes(),
+                counted(target.probes() as u64, "function"),
             ));
         }
     } else {
         let programs: HashSet<_> = targets.values().map(|target| &target.process.exe).collect();
         say(format_args!(
-            "tracing {} processes of {} programs; {end}",
-            targets.len(),
-            programs.len()
+            "tracing {} of {}; {end}",
+            counted(targets.len() as u64, "process"),
+            counted(programs.len() as u64, "program"),
         ));
     }
+}
+
+/// Names of the files whose `operator new` must not throw, each once.
+fn throwing<'a>(targets: impl Iterator<Item = &'a Target>) -> BTreeSet<String> {
+    let files = targets.flat_map(Target::throwing);
+    files
+        .filter_map(|path| Some(harmless(&path.file_name()?.to_string_lossy()).into_owned()))
+        .collect()
 }
 
 /// Fails if a function that the user named is not there; a prefix that nothing has is only said, as
@@ -283,16 +332,24 @@ fn expect_what_was_asked_for(session: &Session, instance: u32) -> anyhow::Result
     Ok(())
 }
 
-/// Until Ctrl-C, the end of the plan or the end of the processes.
-async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> anyhow::Result<()> {
-    let now = Instant::now();
-    let mut ticks = interval_at(now + plan.interval, plan.interval);
+/// Until Ctrl-C, the end of the plan or the end of the processes. The plan begins when something is
+/// traced.
+async fn watch(
+    session: &mut Session,
+    signals: &Signals,
+    plan: &Plan<'_>,
+    cost: &ProbeCost,
+) -> anyhow::Result<()> {
+    let mut ticks = interval_at(Instant::now() + plan.interval, plan.interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Far enough to never come.
-    let end = now
-        + plan
-            .duration
-            .unwrap_or(Duration::from_secs(u64::from(u32::MAX)));
+    let far = Instant::now() + Duration::from_secs(u64::from(u32::MAX));
+    let end_of_plan = || {
+        plan.duration
+            .map_or(far, |duration| Instant::now() + duration)
+    };
+    let mut has_begun = !session.targets().is_empty();
+    let mut end = if has_begun { end_of_plan() } else { far };
     let mut tables = 0;
     let mut newcomers = Newcomers::new();
     loop {
@@ -300,6 +357,7 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
             biased;
             signal = signals.next() => {
                 signal?;
+                ensure!(has_begun, "no process came that could be traced");
                 return Ok(());
             }
             () = sleep_until(end) => return Ok(()),
@@ -307,16 +365,27 @@ async fn watch(session: &mut Session, signals: &Signals, plan: &Plan<'_>) -> any
                 session.drain();
                 session.tick()?;
                 newcomers.take_up(session, plan.trace.force);
-                tables += 1;
-                table(session, plan)?;
-                if plan.count == Some(tables) {
-                    return Ok(());
+                if has_begun {
+                    tables += 1;
+                    table(session, plan)?;
+                    if plan.count == Some(tables) {
+                        return Ok(());
+                    }
                 }
             }
             event = session.event() => {
                 event?;
                 session.drain();
             }
+        }
+        if !has_begun && session.targets().values().any(|target| target.probes() > 0) {
+            has_begun = true;
+            session.restart_clock();
+            session.count_payers();
+            tell_cost(session, cost);
+            tell_start(session, plan);
+            end = end_of_plan();
+            ticks.reset();
         }
         let several = session.selection().is_open() || plan.trace.follow;
         for instance in session.detach_ended() {

@@ -14,7 +14,7 @@ use std::{
 use anyhow::Context as _;
 
 use super::{
-    attach::{Plan, trace},
+    attach::{Plan, hold_signals, trace},
     block_on, say,
 };
 use crate::{
@@ -48,7 +48,8 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     };
     let selection = Selection::of_pids(&[pid]);
     let server = vec![Process::look(pid)?];
-    let traced = block_on(trace("demo", selection, server, &plan))?;
+    let traced =
+        block_on(async { trace("demo", selection, server, &plan, hold_signals()?).await })?;
     traced.report.give(&args.report, &mut io::stdout())?;
     if args.report.format == Format::Text {
         say("

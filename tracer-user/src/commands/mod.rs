@@ -9,12 +9,37 @@ pub mod top;
 use std::{fmt::Display, io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
+use nix::sys::signal::Signal;
 
 use crate::{
     args::{Args, Command, RUN_FAILED},
+    signals::Signals,
     symbolize::helper,
     terminal::Harmless,
 };
+
+/// A signal came before there was anything to report.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("{0} came before anything was traced")]
+struct Interrupted(Signal);
+
+impl Interrupted {
+    /// Fails if a signal has come that is to end us.
+    fn check(signals: &Signals) -> anyhow::Result<()> {
+        while let Some(signal) = signals.pending()? {
+            // Of a child that the host was tried out by.
+            if signal != Signal::SIGCHLD {
+                return Err(Self(signal).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// As a shell would give it.
+    const fn exit_status(self) -> u8 {
+        128 + self.0 as u8
+    }
+}
 
 /// Does what the command line says. Failures are told on standard error, in one line.
 #[must_use]
@@ -30,7 +55,8 @@ pub fn dispatch(args: &Args) -> ExitCode {
     };
     result.unwrap_or_else(|error| {
         say(format_args!("unfreed: {error:#}"));
-        ExitCode::from(failed)
+        let interrupted = error.downcast_ref::<Interrupted>();
+        ExitCode::from(interrupted.map_or(failed, |signal| signal.exit_status()))
     })
 }
 

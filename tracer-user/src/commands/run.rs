@@ -25,7 +25,7 @@ use nix::{
 };
 use tracer_common::instance::{HELD, HELD_BY_LOADER};
 
-use super::{block_on, raise_file_limit, reading_tables, say};
+use super::{Interrupted, block_on, raise_file_limit, reading_tables, say};
 use crate::{
     args::Run,
     discover::{process::Process, selection::Selection},
@@ -63,6 +63,13 @@ enum Outcome {
 }
 
 async fn trace(args: &Run) -> anyhow::Result<Outcome> {
+    let signals = Signals::hold(&[
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+        Signal::SIGCHLD,
+    ])?;
     let nobody = Selection::of_pids(&[]);
     let mut session = Session::new("run", &args.trace, &args.report, nobody)?;
     if session.shares_all_probes() {
@@ -72,13 +79,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
              host takes about a microsecond more while this goes on",
         );
     }
-    let signals = Signals::hold(&[
-        Signal::SIGINT,
-        Signal::SIGTERM,
-        Signal::SIGHUP,
-        Signal::SIGQUIT,
-        Signal::SIGCHLD,
-    ])?;
+    Interrupted::check(&signals)?;
     // Inherited as ignored, it would hide the child's stops and its end.
     // SAFETY: no handler is installed.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }.context("failed to set SIGCHLD")?;

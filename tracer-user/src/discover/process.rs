@@ -91,6 +91,19 @@ impl Process {
             .is_ok_and(|now| now.start_ticks == self.start_ticks && now.exe == self.exe)
     }
 
+    /// The script that it runs, if its program is an interpreter: its first argument that is no
+    /// option, as a path, whether that is one or not.
+    #[must_use]
+    pub fn script(&self) -> Option<PathBuf> {
+        let process = open(self.pid).ok()?;
+        let arguments = process.cmdline().ok()?;
+        let script = script_of(&arguments)?;
+        match script.starts_with('/') {
+            true => Some(PathBuf::from(script)),
+            false => Some(process.cwd().ok()?.join(script)),
+        }
+    }
+
     /// Whether any thread of it is left.
     #[must_use]
     pub fn is_alive(&self) -> bool {
@@ -150,6 +163,14 @@ impl Process {
     }
 }
 
+fn script_of(arguments: &[String]) -> Option<&str> {
+    let mut arguments = arguments.iter().skip(1);
+    arguments
+        .find(|argument| !argument.starts_with('-'))
+        .map(String::as_str)
+        .filter(|argument| !argument.is_empty())
+}
+
 fn is_zombie(stat: &Stat) -> bool {
     matches!(stat.state, 'Z' | 'X')
 }
@@ -200,6 +221,22 @@ mod tests {
     fn a_pid_that_does_not_exist_is_said_to() {
         let error = Process::inspect(4_194_303).unwrap_err().to_string();
         assert_eq!(error, "there is no process with PID 4194303");
+    }
+
+    #[test]
+    fn a_script_is_the_first_argument_that_is_no_option() {
+        let script = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(|&of| of.to_owned()).collect();
+            script_of(&arguments).map(str::to_owned)
+        };
+        assert_eq!(
+            script(&["python3", "-u", "/a.py", "/b.py"]),
+            Some("/a.py".to_owned())
+        );
+        assert_eq!(script(&["perl", "a.pl"]), Some("a.pl".to_owned()));
+        for none in [&["python3"][..], &["python3", "-i"], &["sh", ""], &[]] {
+            assert_eq!(script(none), None);
+        }
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! Which processes are to be traced: those there are, and those to come.
 
-use std::{collections::HashSet, fs, os::unix::fs::MetadataExt as _, path::Path};
+use std::{
+    collections::HashSet,
+    fmt, fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, bail};
 use nix::unistd::User;
@@ -25,16 +30,75 @@ pub struct Selection {
     cgroups: Vec<Cgroup>,
     containers: Vec<String>,
     users: Vec<u32>,
+    /// What leaves processes out, and how the user said it; the cheap ones first.
+    filters: Vec<(Filter, String)>,
+}
+
+/// What leaves processes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Filter {
+    Exclude,
+    User,
+    Cgroup,
+    Container,
 }
 
 /// A process by one of its names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Name {
     Pid(u32),
-    /// Pattern for the path of its program.
-    Path(String),
+    /// Pattern for the path of its program, or the path of the script that it runs.
+    Path(ProgramPath),
     /// Pattern for its name or its program's file name.
     Comm(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ProgramPath {
+    /// As it was given: of a program in another mount namespace it is right.
+    given: String,
+    /// Absolute and without links, as far as it is there.
+    resolved: String,
+}
+
+/// What of a selection does not do what the user will have meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gap {
+    /// No process is like that.
+    Nobody(String),
+    /// There are such processes, and none is left of them.
+    LeftOut(String),
+    /// An exclusion that none of the processes is concerned by.
+    ExcludesNobody(String),
+}
+
+impl fmt::Display for Gap {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nobody(sentence) | Self::LeftOut(sentence) => to.write_str(sentence),
+            Self::ExcludesNobody(name) => write!(to, "--exclude {name} leaves no process out"),
+        }
+    }
+}
+
+/// What there is of a selection.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The processes that are meant. One that cannot be traced is given as the reason; of those that
+    /// are not named by their PID, kernel threads, unfreed and what ends meanwhile are left out without
+    /// a word.
+    pub processes: Vec<(u32, anyhow::Result<Process>)>,
+    /// What the user should know of it. A PID that does not exist is among the processes.
+    pub gaps: Vec<Gap>,
+}
+
+/// What a target has come to.
+#[derive(Clone, Debug, Default)]
+struct Hits {
+    /// Whether a process is meant by it.
+    any: bool,
+    /// What leaves out those that it names, by their index.
+    left_out_by: HashSet<usize>,
 }
 
 /// A control group.
@@ -66,7 +130,24 @@ impl Selection {
     pub fn new(wishes: &Wishes<'_>) -> anyhow::Result<Self> {
         let names =
             |texts: &[String]| -> Vec<Name> { texts.iter().map(|text| Name::new(text)).collect() };
+        let filters = [
+            (Filter::Exclude, "--exclude", wishes.exclude),
+            (Filter::User, "--user", wishes.users),
+            (Filter::Cgroup, "--cgroup", wishes.cgroups),
+            (Filter::Container, "--container", wishes.containers),
+        ];
         Ok(Self {
+            filters: filters
+                .into_iter()
+                .filter(|(_, _, texts)| !texts.is_empty())
+                .map(|(filter, option, texts)| {
+                    let said: Vec<_> = texts
+                        .iter()
+                        .map(|text| format!("{option} {text}"))
+                        .collect();
+                    (filter, said.join(" "))
+                })
+                .collect(),
             targets: (!wishes.targets.is_empty()).then(|| names(wishes.targets)),
             exclude: names(wishes.exclude),
             cgroups: wishes
@@ -112,11 +193,7 @@ impl Selection {
     /// Whether it is every process of the host.
     #[must_use]
     pub fn is_everything(&self) -> bool {
-        self.targets.is_none()
-            && self.cgroups.is_empty()
-            && self.containers.is_empty()
-            && self.users.is_empty()
-            && self.exclude.is_empty()
+        self.targets.is_none() && self.filters.is_empty()
     }
 
     /// Whether a process has a name that is meant, wherever it belongs.
@@ -136,9 +213,10 @@ impl Selection {
     #[must_use]
     pub fn contains(&self, process: &Process, labels: &Labels) -> bool {
         self.names(process)
-            && self.is_of_user(labels)
-            && self.is_in_cgroup(process.pid)
-            && self.is_in_container(labels)
+            && self
+                .filters
+                .iter()
+                .all(|(filter, _)| self.passes(*filter, process, labels))
     }
 
     /// Whether a process is meant that was gone before anybody could look at more than its name and its
@@ -159,7 +237,7 @@ impl Selection {
         let is_named = self.targets.as_deref().map_or(Some(true), any);
         let is_excluded = any(&self.exclude);
         let is_of_user = match process.labels.uid {
-            Some(_) => Some(self.is_of_user(&process.labels)),
+            Some(uid) => Some(self.users.is_empty() || self.users.contains(&uid)),
             None => self.users.is_empty().then_some(true),
         };
         let is_in_cgroup = self.cgroups.is_empty() || self.starts().by_cgroup != 0;
@@ -171,34 +249,47 @@ impl Selection {
         (!all.contains(&None)).then_some(true)
     }
 
-    fn is_of_user(&self, labels: &Labels) -> bool {
-        self.users.is_empty() || labels.uid.is_some_and(|uid| self.users.contains(&uid))
+    fn passes(&self, filter: Filter, process: &Process, labels: &Labels) -> bool {
+        match filter {
+            Filter::Exclude => !self.excludes(process),
+            Filter::User => labels.uid.is_some_and(|uid| self.users.contains(&uid)),
+            Filter::Cgroup => self.is_in_cgroup(process.pid),
+            Filter::Container => self.is_in_container(labels),
+        }
     }
 
     fn is_in_cgroup(&self, pid: u32) -> bool {
-        self.cgroups.is_empty()
-            || labels::cgroups(pid)
-                .iter()
-                .any(|path| self.cgroups.iter().any(|cgroup| cgroup.contains(path)))
+        labels::cgroups(pid)
+            .iter()
+            .any(|path| self.cgroups.iter().any(|cgroup| cgroup.contains(path)))
     }
 
     fn is_in_container(&self, labels: &Labels) -> bool {
         /// Shorter beginnings of IDs are names.
         const LEAST_DIGITS: usize = 4;
-        self.containers.is_empty()
-            || labels.container.as_ref().is_some_and(|container| {
-                self.containers.iter().any(|wanted| {
-                    container.name.as_ref() == Some(wanted)
-                        || (wanted.len() >= LEAST_DIGITS && container.id.starts_with(wanted))
-                })
+        labels.container.as_ref().is_some_and(|container| {
+            self.containers.iter().any(|wanted| {
+                container.name.as_ref() == Some(wanted)
+                    || (wanted.len() >= LEAST_DIGITS && container.id.starts_with(wanted))
             })
+        })
     }
 
-    /// The processes that are there and meant. One that cannot be traced is given as the reason; of
-    /// those that are not named by their PID, kernel threads, unfreed and what ends meanwhile are left
-    /// out without a word.
-    pub fn find(&self, names: &mut ContainerNames) -> Vec<(u32, anyhow::Result<Process>)> {
-        self.find_new(&mut HashSet::new(), names)
+    /// The processes that are there and meant.
+    pub fn find(&self, names: &mut ContainerNames) -> Found {
+        let mut hits = vec![Hits::default(); self.targets.as_ref().map_or(1, Vec::len)];
+        let mut excluded = vec![false; self.exclude.len()];
+        let processes = self.look(&mut HashSet::new(), names, |process| {
+            self.count(process, &mut hits, &mut excluded);
+        });
+        let mut gaps: Vec<Gap> = hits
+            .iter()
+            .enumerate()
+            .filter_map(|(index, hits)| self.gap(index, hits))
+            .collect();
+        let useless = self.exclude.iter().zip(excluded).filter(|(_, any)| !any);
+        gaps.extend(useless.map(|(name, _)| Gap::ExcludesNobody(name.to_string())));
+        Found { processes, gaps }
     }
 
     /// As [`Selection::find`], without looking at those whose PIDs are known; and all that there are are
@@ -208,27 +299,92 @@ impl Selection {
         known: &mut HashSet<u32>,
         names: &mut ContainerNames,
     ) -> Vec<(u32, anyhow::Result<Process>)> {
-        let pids = if self.is_open() {
-            let all = procfs::process::all_processes();
-            let all = all.into_iter().flatten().flatten();
-            all.filter_map(|process| u32::try_from(process.pid).ok())
-                .collect()
-        } else {
-            self.pids().collect::<Vec<u32>>()
-        };
+        self.look(known, names, |_| {})
+    }
+
+    /// Looks at processes; `see` is shown each that there is.
+    fn look(
+        &self,
+        known: &mut HashSet<u32>,
+        names: &mut ContainerNames,
+        mut see: impl FnMut(&Process),
+    ) -> Vec<(u32, anyhow::Result<Process>)> {
         let by_pid: Vec<u32> = self.pids().collect();
+        let mut pids = by_pid.clone();
+        if self.is_open() {
+            let all = procfs::process::all_processes().into_iter().flatten();
+            let all = all
+                .flatten()
+                .filter_map(|process| u32::try_from(process.pid).ok());
+            pids.extend(all.filter(|pid| !by_pid.contains(pid)));
+        }
         let before = std::mem::replace(known, pids.iter().copied().collect());
         pids.into_iter()
             .filter(|pid| !before.contains(pid))
             .filter_map(|pid| match Process::inspect(pid) {
                 Ok(mut process) => {
                     process.labels = Labels::of(pid, names);
+                    see(&process);
                     self.contains(&process, &process.labels)
                         .then_some((pid, Ok(process)))
                 }
                 Err(error) => by_pid.contains(&pid).then_some((pid, Err(error))),
             })
             .collect()
+    }
+
+    /// Notes which targets and exclusions name a process, and what leaves it out.
+    fn count(&self, process: &Process, hits: &mut [Hits], excluded: &mut [bool]) {
+        let named: Vec<usize> = match &self.targets {
+            None => vec![0],
+            Some(targets) => (0..targets.len())
+                .filter(|index| targets[*index].is_of(process))
+                .collect(),
+        };
+        if named.is_empty() {
+            return;
+        }
+        let out: HashSet<usize> = (0..self.filters.len())
+            .filter(|index| !self.passes(self.filters[*index].0, process, &process.labels))
+            .collect();
+        for index in named {
+            hits[index].any |= out.is_empty();
+            hits[index].left_out_by.extend(&out);
+        }
+        for (name, any) in self.exclude.iter().zip(excluded) {
+            *any |= name.is_of(process);
+        }
+    }
+
+    /// What is to be said of a target that means no process.
+    fn gap(&self, index: usize, hits: &Hits) -> Option<Gap> {
+        if hits.any {
+            return None;
+        }
+        let Some(targets) = &self.targets else {
+            let all: Vec<_> = self.filters.iter().map(|(_, said)| said.as_str()).collect();
+            return Some(Gap::Nobody(format!("no process matches {}", all.join(" "))));
+        };
+        let target = &targets[index];
+        let by: Vec<_> = (0..self.filters.len())
+            .filter(|filter| hits.left_out_by.contains(filter))
+            .map(|filter| self.filters[filter].1.as_str())
+            .collect();
+        let leave = if by.len() == 1 { "leaves" } else { "leave" };
+        match (target, by.is_empty()) {
+            // Why there is none is given in its place.
+            (Name::Pid(_), true) => None,
+            (_, true) => Some(Gap::Nobody(format!("no process {}", target.clause()))),
+            (Name::Pid(pid), false) => Some(Gap::LeftOut(format!(
+                "{} {leave} out PID {pid}",
+                by.join(" and ")
+            ))),
+            (_, false) => Some(Gap::LeftOut(format!(
+                "{} {leave} out every process that {}",
+                by.join(" and "),
+                target.clause()
+            ))),
+        }
     }
 
     /// What the kernel side can know of it: processes that it leaves out are not meant.
@@ -261,7 +417,7 @@ impl Name {
     fn new(text: &str) -> Self {
         match text.parse() {
             Ok(pid) => Self::Pid(pid),
-            Err(_) if text.contains('/') => Self::Path(text.to_owned()),
+            Err(_) if text.contains('/') => Self::Path(ProgramPath::new(text)),
             Err(_) => Self::Comm(text.to_owned()),
         }
     }
@@ -269,7 +425,7 @@ impl Name {
     fn is_of(&self, process: &Process) -> bool {
         match self {
             Self::Pid(pid) => process.pid == *pid,
-            Self::Path(pattern) => glob::matches(pattern, &process.exe.to_string_lossy()),
+            Self::Path(path) => path.is_of(process),
             Self::Comm(pattern) => {
                 let file = process.exe.file_name().unwrap_or_default();
                 glob::matches(pattern, &process.comm)
@@ -277,23 +433,83 @@ impl Name {
             }
         }
     }
-}
 
-impl Name {
     /// Whether it is that of a process of which no more than the kernel's short name is known: that of the
     /// program's file, as it was executed, but for what is beyond 15 bytes.
     fn is_of_unseen(&self, process: &Process) -> Option<bool> {
         match self {
             Self::Pid(pid) => Some(process.pid == *pid),
             Self::Comm(pattern) => Some(glob::matches(pattern, &process.comm)),
-            Self::Path(pattern) => {
-                let file = pattern.rsplit('/').next().unwrap_or_default();
+            Self::Path(path) => {
+                let file = path.given.rsplit('/').next().unwrap_or_default();
                 let short: String = file.chars().take(15).collect();
                 let may_be = process.comm.is_empty() || glob::matches(&short, &process.comm);
                 if may_be { None } else { Some(false) }
             }
         }
     }
+
+    /// What a process does that has this name.
+    fn clause(&self) -> String {
+        match self {
+            Self::Pid(pid) => format!("has PID {pid}"),
+            Self::Path(path) => format!("runs {}", path.given),
+            Self::Comm(pattern) => format!("is named {pattern}"),
+        }
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pid(pid) => write!(to, "{pid}"),
+            Self::Path(path) => to.write_str(&path.given),
+            Self::Comm(pattern) => to.write_str(pattern),
+        }
+    }
+}
+
+impl ProgramPath {
+    fn new(given: &str) -> Self {
+        Self {
+            given: given.to_owned(),
+            resolved: resolve(given),
+        }
+    }
+
+    fn is_of(&self, process: &Process) -> bool {
+        let exe = process.exe.to_string_lossy();
+        glob::matches(&self.given, &exe)
+            || glob::matches(&self.resolved, &exe)
+            // A pattern would take whatever is shown a file there for what runs it.
+            || (!is_pattern(&self.given) && process.script().is_some_and(|path| self.is(&path)))
+    }
+
+    fn is(&self, path: &Path) -> bool {
+        path == Path::new(&self.given)
+            || path
+                .to_str()
+                .is_some_and(|text| resolve(text) == self.resolved)
+    }
+}
+
+fn is_pattern(text: &str) -> bool {
+    text.contains(['*', '?'])
+}
+
+/// The absolute path without links, as far as it leads through what is there and is no pattern.
+fn resolve(text: &str) -> String {
+    let path = std::path::absolute(text).unwrap_or_else(|_| PathBuf::from(text));
+    let resolved = path
+        .ancestors()
+        .filter(|ancestor| ancestor.to_str().is_some_and(|text| !is_pattern(text)))
+        .find_map(|ancestor| {
+            let there = ancestor.canonicalize().ok()?;
+            let rest = path.strip_prefix(ancestor).ok()?;
+            Some(there.components().chain(rest.components()).collect())
+        });
+    let resolved: PathBuf = resolved.unwrap_or(path);
+    resolved.to_string_lossy().into_owned()
 }
 
 impl Cgroup {
@@ -329,19 +545,31 @@ impl Cgroup {
                 unified: is_unified.then(|| (metadata.ino(), level)),
             });
         }
-        if mounts.is_empty() {
-            bail!("no control groups are mounted here, so there is none named {text}");
+        let points: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.mount_point.as_path())
+            .collect();
+        match common_directory(&points) {
+            None => bail!("no control groups are mounted here, so there is none named {text}"),
+            Some(directory) => bail!(
+                "there is no control group {text} (`systemd-cgls` lists them; a directory below {}, \
+                 or a path in a hierarchy, is expected)",
+                directory.display()
+            ),
         }
-        bail!(
-            "there is no control group {text} (`systemd-cgls` lists them; a path below {} is \
-             expected)",
-            mounts[0].mount_point.display()
-        );
     }
 
     fn contains(&self, path: &str) -> bool {
         Path::new(path).starts_with(&self.path)
     }
+}
+
+/// The directory that hierarchies are mounted in, or where the only one is.
+fn common_directory<'a>(mounts: &[&'a Path]) -> Option<&'a Path> {
+    let first = mounts.first()?;
+    first
+        .ancestors()
+        .find(|ancestor| mounts.iter().all(|mount| mount.starts_with(ancestor)))
 }
 
 fn uid(user: &str) -> anyhow::Result<u32> {
@@ -409,6 +637,85 @@ mod tests {
         assert!(!all.contains(&process(7, "nginx", "/usr/sbin/nginx"), &labels));
         assert!(!all.contains(&process(8, "sh", "/bin/sh"), &labels));
         assert!(all.contains(&process(9, "sh", "/bin/sh"), &labels));
+    }
+
+    #[test]
+    fn a_path_may_be_a_link_or_relative() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let at = |name: &str| directory.path().canonicalize().unwrap().join(name);
+        fs::create_dir(at("sub")).unwrap();
+        fs::write(at("program"), "").unwrap();
+        std::os::unix::fs::symlink(at("program"), at("link")).unwrap();
+        std::os::unix::fs::symlink(at("sub"), at("sub-link")).unwrap();
+        for (given, resolved) in [
+            (at("link"), at("program")),
+            (at("sub/../program"), at("program")),
+            (at("sub-link/x*"), at("sub/x*")),
+            (at("sub-link/later/program"), at("sub/later/program")),
+        ] {
+            assert_eq!(resolve(given.to_str().unwrap()), resolved.to_str().unwrap());
+        }
+        let here = std::env::current_dir().unwrap().canonicalize().unwrap();
+        assert_eq!(resolve("./later"), here.join("later").to_str().unwrap());
+        let link = selection(&[at("link").to_str().unwrap()], &[]);
+        let program = process(7, "x", at("program").to_str().unwrap());
+        assert!(link.contains(&program, &Labels::default()));
+    }
+
+    #[test]
+    fn what_means_no_process_is_told_with_the_reason() {
+        let mut found = selection(&["nginx", "php", "/bin/sh"], &["php", "ssh"]);
+        found.users = vec![0];
+        found.filters.push((Filter::User, "--user root".to_owned()));
+        let mut hits = vec![Hits::default(); 3];
+        let mut excluded = vec![false; 2];
+        for (comm, uid) in [("nginx", 0), ("php", 0), ("php", 1)] {
+            let mut process = process(7, comm, "/x");
+            process.labels.uid = Some(uid);
+            found.count(&process, &mut hits, &mut excluded);
+        }
+        assert_eq!(excluded, [true, false]);
+        let gaps: Vec<_> = (0..3).map(|index| found.gap(index, &hits[index])).collect();
+        assert_eq!(
+            gaps,
+            [
+                None,
+                Some(Gap::LeftOut(
+                    "--exclude php --exclude ssh and --user root leave out every process that is \
+                     named php"
+                        .to_owned()
+                )),
+                Some(Gap::Nobody("no process runs /bin/sh".to_owned())),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_pid_that_does_not_exist_is_given_as_such_beside_names() {
+        let found =
+            selection(&["4194303", "unfreed-nobody"], &[]).find(&mut ContainerNames::default());
+        assert!(matches!(&found.processes[..], [(4_194_303, Err(_))]));
+        assert_eq!(
+            found.gaps,
+            [Gap::Nobody("no process is named unfreed-nobody".to_owned())]
+        );
+        let found = selection(&["1"], &["unfreed-nobody"]).find(&mut ContainerNames::default());
+        assert_eq!(
+            found.gaps,
+            [Gap::ExcludesNobody("unfreed-nobody".to_owned())]
+        );
+    }
+
+    #[test]
+    fn hierarchies_are_said_to_be_where_all_of_them_are() {
+        let common = |mounts: &[&'static str]| {
+            let mounts: Vec<_> = mounts.iter().map(Path::new).collect();
+            common_directory(&mounts).map(Path::to_path_buf)
+        };
+        let all = ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/unified"];
+        assert_eq!(common(&all), Some("/sys/fs/cgroup".into()));
+        assert_eq!(common(&["/sys/fs/cgroup"]), Some("/sys/fs/cgroup".into()));
+        assert_eq!(common(&[]), None);
     }
 
     #[test]

@@ -301,6 +301,11 @@ impl Session {
         for file in shared {
             self.attachments.share(file);
         }
+        self.count_payers();
+    }
+
+    /// Finds out who pays for probes that are for all processes.
+    pub fn count_payers(&mut self) {
         self.shared_probes = self.shared_files();
     }
 
