@@ -325,10 +325,6 @@ fn a_definition_that_fits_nothing_is_an_error_with_near_misses() {
             ],
         ),
         (
-            ["--alloc-fn", "fopen", "--alloc-fn", "fdopen"],
-            &["give back what fopen gives", "--free-fn"],
-        ),
-        (
             ["--preset", "zlib", "--interval", "1"],
             &["none of the functions of the preset zlib"],
         ),
@@ -353,6 +349,18 @@ fn a_definition_that_cannot_be_read_is_an_error_with_the_position() {
         assert_eq!(outcome.finished.code(), 2, "{}", outcome.finished);
         assert!(
             outcome.finished.stderr.contains(place),
+            "{}",
+            outcome.finished
+        );
+    }
+    for (verb, subject, code) in [("attach", "1", 2), ("run", "true", 125)] {
+        let outcome = Unfreed::verb(verb, ["--alloc-fn", "fopen", subject]).finish();
+        assert_eq!(outcome.finished.code(), code, "{}", outcome.finished);
+        assert!(
+            outcome
+                .finished
+                .stderr
+                .starts_with("error: nothing is said to give back what fopen gives"),
             "{}",
             outcome.finished
         );

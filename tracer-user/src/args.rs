@@ -2,7 +2,9 @@
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args as ClapArgs, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind,
+};
 use tracer_common::event::MAX_FRAMES;
 
 use crate::{
@@ -54,7 +56,8 @@ impl Args {
     /// Reads the command line. If there is nothing to be done (help, or an error, which has been
     /// told), gives the exit status.
     pub fn read() -> Result<Self, ExitCode> {
-        Self::try_parse().map_err(|error| {
+        let args = Self::try_parse().and_then(|args| args.check().map(|()| args));
+        args.map_err(|error| {
             let is_run = std::env::args_os().nth(1).is_some_and(|verb| verb == "run");
             // Nobody may be there to read it.
             let _ = error.print();
@@ -62,6 +65,26 @@ impl Args {
                 0 => ExitCode::SUCCESS,
                 _ if is_run => ExitCode::from(RUN_FAILED),
                 status => ExitCode::from(status as u8),
+            }
+        })
+    }
+
+    /// Fails if options are given that have no meaning together.
+    fn check(&self) -> Result<(), clap::Error> {
+        let (verb, trace) = match &self.command {
+            Command::Run(run) => ("run", &run.trace),
+            Command::Attach(attach) => ("attach", &attach.trace),
+            _ => return Ok(()),
+        };
+        trace.check().map_err(|problem| {
+            let mut all = Self::command();
+            all.build();
+            let error = |command: &mut clap::Command| {
+                command.error(ErrorKind::ArgumentConflict, format!("{problem:#}"))
+            };
+            match all.find_subcommand_mut(verb) {
+                Some(command) => error(command),
+                None => error(&mut all),
             }
         })
     }
@@ -74,7 +97,7 @@ pub enum Command {
     #[command(after_help = "\
 The program's input and output are untouched; the report goes to standard error or to -o FILE.
 unfreed ends with the program's exit status (128+n if signal n killed it), 126 if it could not be
-executed, 127 if it was not found, 125 if unfreed itself failed.
+executed, 127 if it was not found, 125 if unfreed itself failed or its command line is wrong.
 
 Examples:
   unfreed run -- ./server --port 80
@@ -275,6 +298,21 @@ impl Default for TraceOptions {
 }
 
 impl TraceOptions {
+    /// Fails if there is nothing to trace, whatever files there are.
+    fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.min_size <= self.max_size,
+            "no block is at least {} and at most {} bytes large (-z, -Z)",
+            self.min_size,
+            self.max_size
+        );
+        // What a file defines may be what is lacking.
+        if self.definitions.is_empty() {
+            self.all_definitions()?;
+        }
+        Ok(())
+    }
+
     /// Every function that the user named.
     pub fn all_definitions(&self) -> anyhow::Result<Definitions> {
         let mut all = Definitions::collect(&self.pairs.given, &self.definitions, &self.preset)?;
@@ -548,8 +586,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]
@@ -598,6 +634,37 @@ mod tests {
         assert_eq!(attach.trace.preset, [Preset::Zlib]);
         let error = Args::try_parse_from(["unfreed", "attach", "1", "--alloc-fn", "a(x)"]);
         assert!(error.unwrap_err().to_string().contains("at character 3"));
+    }
+
+    #[test]
+    fn options_that_mean_nothing_together_are_errors_of_usage() {
+        for (options, problem) in [
+            (&["-z", "2", "-Z", "1"][..], "at least 2 and at most 1"),
+            (&["--no-heap"], "nothing to probe"),
+            (&["--free-fn", "drop"], "give what drop takes back"),
+            (&["--alloc-fn", "take"], "give back what take gives"),
+        ] {
+            for subject in [&["attach", "1"][..], &["run", "x"]] {
+                let (verb, rest) = subject.split_at(1);
+                let words = [&["unfreed"], verb, options, rest].concat();
+                let error = Args::try_parse_from(words).unwrap().check().unwrap_err();
+                assert_eq!(error.exit_code(), 2);
+                let text = error.to_string();
+                let usage = format!("Usage: unfreed {}", verb[0]);
+                assert!(text.contains(problem) && text.contains(&usage), "{text}");
+            }
+        }
+        // It may be in the file.
+        let words = [
+            "unfreed",
+            "attach",
+            "1",
+            "--free-fn",
+            "drop",
+            "--definitions",
+            "x",
+        ];
+        assert!(Args::try_parse_from(words).unwrap().check().is_ok());
     }
 
     #[test]

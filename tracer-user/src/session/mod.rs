@@ -111,12 +111,6 @@ impl Session {
         report: &ReportOptions,
         selection: Selection,
     ) -> anyhow::Result<Self> {
-        anyhow::ensure!(
-            trace.min_size <= trace.max_size,
-            "no block is at least {} and at most {} bytes large (-z, -Z)",
-            trace.min_size,
-            trace.max_size
-        );
         let definitions = Arc::new(trace.all_definitions()?);
         let families = definitions.families().map(|(number, _)| number).max();
         let host = Host::read();
