@@ -31,13 +31,39 @@ pub fn demangle(name: &str) -> String {
             let result = symbol.structured_demangle(&mut readable, &options);
             if result.is_ok() || readable.is_full {
                 let named = readable.text.replace(STRING, "std::string");
-                return named.replace("std::string >", "std::string>");
+                return without_empty_packs(&named.replace("std::string >", "std::string>"));
             }
         }
     }
     let mut plain = Bounded::default();
     let _ = plain.write_str(name);
     plain.text
+}
+
+/// Without what `cpp_demangle` makes of an empty parameter pack: `f<int, >(int, &&)` is
+/// `f<int>(int)`.
+fn without_empty_packs(name: &str) -> String {
+    const COMMA: &str = ", ";
+    let mut cleaned = String::with_capacity(name.len());
+    let mut rest = name;
+    while let Some((before, item)) = rest.split_once(COMMA) {
+        cleaned.push_str(before);
+        let beyond = item.trim_start_matches(['&', '*']);
+        let ends = beyond.starts_with(['>', ')']) || beyond.starts_with(COMMA);
+        let begins = cleaned.ends_with(['<', '(']);
+        // The comma or bracket is its name.
+        let is_operator = cleaned.trim_end_matches(['<', '(']).ends_with("operator");
+        rest = match (ends, begins) {
+            (true, _) if !is_operator => beyond,
+            (_, true) if !is_operator => item,
+            _ => {
+                cleaned.push_str(COMMA);
+                item
+            }
+        };
+    }
+    cleaned.push_str(rest);
+    cleaned
 }
 
 /// A C++ function's name without its parameters; other names as they are.
@@ -145,6 +171,15 @@ mod tests {
                 "_Z3fooRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE",
                 "foo(std::string const&)",
             ),
+            ("_Z1fIiJEEvT_DpT0_", "f<int>(int)"),
+            ("_Z1fIiJiEEvT_DpT0_", "f<int, int>(int, int)"),
+            ("_Z1gIJEEv1PIJDpT_EE", "g<>(P<>)"),
+            ("_Z1hIJEEviDpOT_", "h<>(int)"),
+            ("_Z1hIJiEEviDpOT_", "h<int>(int, int&&)"),
+            ("_Z1kIJEEvPFvDpT_E", "k<>(void (*)())"),
+            ("_Z1lIJEEvSt5tupleIJiDpT_EEDpPS1_", "l<>(std::tuple<int>)"),
+            ("_Z1nIJEEvDpT_i", "n<>(int)"),
+            ("_ZN1AcmERKS_i", "A::operator,(A const&, int)"),
             ("_R", "_R"),
             ("", ""),
         ] {

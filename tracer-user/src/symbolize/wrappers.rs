@@ -188,6 +188,14 @@ const KNOWN: &[&str] = &[
     "cv::fastMalloc",
 ];
 
+/// Functions of the standard libraries that call what the program handed them, which is often inlined
+/// there: the program's own code begins with them, if nothing is before them.
+const CALLERS: &[&str] = &[
+    "*::__rust_begin_short_backtrace",
+    "std::thread::_State_impl<*",
+    "std::_Function_handler<*",
+];
+
 /// The wrappers that are known, and the user's own.
 #[derive(Clone, Debug, Default)]
 pub struct Wrappers {
@@ -205,12 +213,10 @@ impl Wrappers {
     #[must_use]
     pub fn contains(&self, function: &str) -> bool {
         let bare = without_parameters(function);
-        let own = self.own.iter().map(String::as_str);
-        KNOWN
-            .iter()
-            .copied()
-            .chain(own)
-            .any(|pattern| matches(pattern, bare) || matches(pattern, function))
+        let is_one = |pattern: &str| matches(pattern, bare) || matches(pattern, function);
+        let calls = CALLERS.iter().any(|pattern| is_one(pattern));
+        let is_known = !calls && KNOWN.iter().any(|pattern| is_one(pattern));
+        is_known || self.own.iter().any(|pattern| is_one(pattern))
     }
 }
 
@@ -249,6 +255,9 @@ mod tests {
             "<app::Node as core::clone::Clone>::clone",
             "xmlParse",
             "operator_new",
+            "std::sys::backtrace::__rust_begin_short_backtrace",
+            "std::_Function_handler<void (), main::{lambda()#1}>::_M_invoke(std::_Any_data const&)",
+            "std::thread::_State_impl<std::thread::_Invoker<std::tuple<main::{lambda()#1}> > >::_M_run()",
             "",
         ] {
             assert!(!wrappers.contains(other), "{other}");
