@@ -42,14 +42,17 @@ fn doctor_names_every_allocator_function_of_a_process_and_attaches_nothing() {
 }
 
 #[test]
-fn doctor_refuses_what_attach_refuses() {
-    if skip::is_root() {
-        let outcome = Unfreed::verb("doctor", ["4194305"]).finish();
+fn doctor_refuses_what_attach_refuses_and_says_so_once() {
+    if !skip::is_root() {
+        return;
+    }
+    let reason = "there is no process with PID 4194305";
+    for (format, on_standard_error) in [("text", ""), ("json", reason)] {
+        let outcome = Unfreed::verb("doctor", ["--format", format, "4194305"]).finish();
         assert_eq!(outcome.finished.code(), 1, "{}", outcome.finished);
-        assert!(
-            outcome.finished.stderr.starts_with("unfreed: "),
-            "{}",
-            outcome.finished
-        );
+        let stderr = outcome.finished.stderr.trim_end();
+        assert_eq!(stderr.trim_start_matches("unfreed: "), on_standard_error);
+        let told = outcome.finished.stdout.matches(reason).count();
+        assert_eq!(told, 1, "{}", outcome.finished);
     }
 }
