@@ -18,6 +18,7 @@ use tokio::{
 use super::{attach, block_on, say};
 use crate::{
     args::{Args, Command, Format, ReportOptions, Top as Options},
+    discover::process::Process,
     report::check_output,
     signals::Signals,
     top::{
@@ -196,10 +197,19 @@ async fn watch(options: &Options) -> anyhow::Result<Ending> {
                 top.select(screen.selected());
                 match wish {
                     Some(Wish::Quit) => break,
-                    Some(Wish::Attach(pid)) => {
-                        attach = Some(pid);
-                        break;
-                    }
+                    Some(Wish::Attach(pid)) => match Process::inspect(pid) {
+                        Ok(_) => {
+                            attach = Some(pid);
+                            break;
+                        }
+                        Err(error) => {
+                            screen.say(match Process::is_alive(pid) {
+                                false => format!("PID {pid} has ended"),
+                                true => format!("{error:#}"),
+                            });
+                            tables.show(&mut top, options.limit)?;
+                        }
+                    },
                     Some(Wish::Redraw) => {
                         tables.show(&mut top, options.limit)?;
                     }

@@ -434,6 +434,8 @@ impl Known {
         let changed = self.found.rss_bytes.abs_diff(self.pss_rss_bytes);
         self.pss_bytes
             .filter(|_| changed <= self.found.rss_bytes / 8)
+            // They were not read at the same moment.
+            .map(|pss_bytes| pss_bytes.min(self.found.rss_bytes))
     }
 
     /// What it grows by for certain; 0 if it does not.
@@ -471,5 +473,28 @@ impl TopReport {
             }
         }
         to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_never_more_than_the_whole() {
+        let found = Reader::default()
+            .look(std::process::id(), &mut Held::default())
+            .unwrap();
+        let mut known = Known::new(std::process::id(), &found, 0.0);
+        known.found.rss_bytes = 1000;
+        for (pss_bytes, pss_rss_bytes, shown) in [
+            (900, 1000, Some(900)),
+            (1050, 1100, Some(1000)),
+            (1900, 2000, None),
+        ] {
+            known.pss_bytes = Some(pss_bytes);
+            known.pss_rss_bytes = pss_rss_bytes;
+            assert_eq!(known.proportional_bytes(), shown);
+        }
     }
 }

@@ -6,7 +6,7 @@ use super::report::{FaultedIn, GrowthReport, LimitReport, Row, StackSampling, To
 use crate::{
     report::{
         stack::{callers, write_frames},
-        units::{bytes, count, counted, duration},
+        units::{bytes, count, counted, duration, form},
     },
     terminal::harmless,
 };
@@ -72,6 +72,14 @@ pub(super) fn heading(report: &TopReport) -> String {
             several => format!("{} grow", count(several as u64)),
         }
     );
+    let shown = report.processes.iter().filter(|row| row.grows()).count();
+    if shown < report.processes_growing {
+        line += &format!(
+            ", of which {} {} here",
+            shown,
+            form(shown as u64, "is", "are")
+        );
+    }
     if report.sample_interval_s > 1.5 {
         let interval = duration(report.sample_interval_s);
         line += &format!(" (looked at every {interval}, as a look costs much here)");
@@ -244,8 +252,9 @@ pub(super) fn remarks(sampling: &StackSampling) -> Vec<String> {
     }
     if sampling.unwatched_threads > 0 {
         remarks.push(format!(
-            "{} of processes that have very many are not sampled.",
-            counted(sampling.unwatched_threads, "thread")
+            "{} of processes that have very many {} not sampled.",
+            counted(sampling.unwatched_threads, "thread"),
+            form(sampling.unwatched_threads, "is", "are")
         ));
     }
     remarks
@@ -325,6 +334,16 @@ mod tests {
         }
         assert_eq!(lines[3].trim(), "75 % by leak");
         assert!(!text.contains('\u{1b}'), "{text}");
+    }
+
+    #[test]
+    fn those_that_grow_and_find_no_room_are_not_forgotten() {
+        let mut report = report();
+        report.processes_growing = 6;
+        assert_eq!(
+            heading(&report),
+            "after 60.0 s: 101 processes, 6 grow, of which 1 is here"
+        );
     }
 
     #[test]

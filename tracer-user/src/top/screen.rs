@@ -31,6 +31,8 @@ pub struct Screen {
     view: Selection,
     /// What is on it.
     report: Option<TopReport>,
+    /// What is said instead of the keys, until the next one.
+    message: Option<String>,
     log_level: LevelFilter,
 }
 
@@ -63,6 +65,7 @@ impl Screen {
             terminal,
             view: Selection::default(),
             report: None,
+            message: None,
             log_level,
         })
     }
@@ -82,11 +85,24 @@ impl Screen {
 
     /// Shows a report.
     pub fn draw(&mut self, report: TopReport) -> io::Result<()> {
-        let Self { terminal, view, .. } = self;
+        let Self {
+            terminal,
+            view,
+            message,
+            ..
+        } = self;
         view.follow(&report.processes);
-        terminal.draw(|frame| draw(&report, view, frame))?;
+        let last_line = message
+            .as_ref()
+            .map_or(KEYS.to_owned(), |text| format!(" {text}"));
+        terminal.draw(|frame| draw(&report, view, &last_line, frame))?;
         self.report = Some(report);
         Ok(())
+    }
+
+    /// Says something when it is drawn next, until a key is pressed.
+    pub fn say(&mut self, message: String) {
+        self.message = Some(message);
     }
 
     /// Takes in the keys that were pressed. Gives what is wanted, none if that is nothing.
@@ -96,6 +112,7 @@ impl Screen {
         while event::poll(Duration::ZERO)? {
             match event::read()? {
                 Event::Key(key) if key.kind != KeyEventKind::Release => {
+                    self.message = None;
                     match self.view.key(key, rows) {
                         Some(Wish::Redraw) => wish = Some(Wish::Redraw),
                         Some(last) => return Ok(Some(last)),
@@ -163,7 +180,7 @@ impl Selection {
     }
 }
 
-fn draw(report: &TopReport, selection: &mut Selection, frame: &mut Frame<'_>) {
+fn draw(report: &TopReport, selection: &mut Selection, last_line: &str, frame: &mut Frame<'_>) {
     let [heading, table, detail, keys] = Layout::vertical([
         Constraint::Length(1),
         Constraint::Min(2),
@@ -178,7 +195,7 @@ fn draw(report: &TopReport, selection: &mut Selection, frame: &mut Frame<'_>) {
         draw_detail(row, report, frame, detail);
     }
     frame.render_widget(
-        Line::styled(KEYS, Style::new().add_modifier(Modifier::DIM)),
+        Line::styled(last_line, Style::new().add_modifier(Modifier::DIM)),
         keys,
     );
 }
@@ -335,6 +352,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_takes_the_place_of_the_keys() {
+        for line in [KEYS, " PID 77 has ended"] {
+            let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
+            let mut selection = Selection::default();
+            terminal
+                .draw(|frame| draw(&report(&[77]), &mut selection, line, frame))
+                .unwrap();
+            let shown = terminal.backend().to_string();
+            let last = shown.lines().last().unwrap();
+            assert!(last.contains(line.trim()), "{shown}");
+        }
+    }
+
+    #[test]
     fn columns_without_room_are_left_out_and_none_is_cut() {
         assert_eq!(columns_for(200).len(), 11);
         assert_eq!(columns_for(80), [0, 1, 2, 3, 4, 10]);
@@ -353,7 +384,7 @@ mod tests {
             let report = report(&[77, 78]);
             selection.follow(&report.processes);
             terminal
-                .draw(|frame| draw(&report, &mut selection, frame))
+                .draw(|frame| draw(&report, &mut selection, KEYS, frame))
                 .unwrap();
             let shown = terminal.backend().to_string();
             assert!(!shown.contains('\u{1b}'));
