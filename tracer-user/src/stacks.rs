@@ -64,7 +64,9 @@ impl Stack {
         Some(match self.end {
             StackEnd::Root => return None,
             StackEnd::DepthLimit => "deeper frames were not taken: --max-depth",
-            StackEnd::NoTable => "the code beyond has neither unwind tables nor frame pointers",
+            StackEnd::NoTable => {
+                "the code beyond had no unwind table when the stack was walked, nor frame pointers"
+            }
             StackEnd::UnknownCode => "the code beyond is in no file and was not found",
             StackEnd::Unsupported => "the code beyond is unwound in a way that is not supported",
             StackEnd::Unreadable => "the stack beyond could not be read",
@@ -110,7 +112,7 @@ fn known(locations: &[Location]) -> &[Location] {
 pub enum Incomplete {
     /// As many frames as are wanted were taken.
     DepthLimit,
-    /// Code without an unwind table and without a frame pointer.
+    /// Code without an unwind table at that time, and without a frame pointer.
     NoTable,
     /// Code that is in no file and was not found.
     UnknownCode,
@@ -127,18 +129,18 @@ pub enum Incomplete {
 }
 
 impl Incomplete {
-    /// As a clause after a number of allocations.
+    /// What stacks like that are, after a number of them.
     #[must_use]
     pub const fn description(self) -> &'static str {
         match self {
-            Self::DepthLimit => "are deeper than --max-depth",
-            Self::NoTable => "end in code without unwind tables or frame pointers",
-            Self::UnknownCode => "end in code that was not found",
-            Self::Unsupported => "end in code that is unwound in a way that is not supported",
-            Self::Unreadable => "end where the stack could not be read",
-            Self::Astray => "end where the unwind table leads nowhere",
-            Self::Changing => "were taken while libraries were changing",
-            Self::NotTaken => "have none, for want of room",
+            Self::DepthLimit => "deeper than --max-depth",
+            Self::NoTable => "ending in code that had no unwind table then, nor frame pointers",
+            Self::UnknownCode => "ending in code that was not found",
+            Self::Unsupported => "ending in code that is unwound in a way that is not supported",
+            Self::Unreadable => "ending where the stack could not be read",
+            Self::Astray => "ending where the unwind table leads nowhere",
+            Self::Changing => "taken while libraries were changing",
+            Self::NotTaken => "without any, for want of room",
         }
     }
 }

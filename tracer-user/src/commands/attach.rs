@@ -22,7 +22,10 @@ use crate::{
     },
     host::Host,
     preflight,
-    report::{self, Report, units::counted},
+    report::{
+        self, Report,
+        units::{counted, form},
+    },
     session::Session,
     signals::Signals,
     target::{End, Target},
@@ -256,17 +259,14 @@ fn tell_cost(session: &Session, cost: &ProbeCost) {
     for shared in session.shared_probes() {
         if shared.other_processes > 0 {
             let ns = cost.emulated_ns + cost.return_ns;
-            let pay = if shared.other_processes == 1 {
-                "pays"
-            } else {
-                "pay"
-            };
+            let others = shared.other_processes as u64;
             say(format_args!(
-                "the probes in {} are for all processes that have it mapped: {} {pay} about \
+                "the probes in {} are for all processes that have it mapped: {} {} about \
                  {:.1} us for every call of malloc there, and {:.1} us for every free, while this \
                  goes on",
                 shared.path.display(),
-                counted(shared.other_processes as u64, "other process"),
+                counted(others, "other process"),
+                form(others, "pays", "pay"),
                 f64::from(ns) / 1e3,
                 f64::from(cost.emulated_ns) / 1e3,
             ));

@@ -7,7 +7,7 @@ use tracer_common::missed::Missed;
 use super::{
     Exit, FamilyReport, ProcessReport, ProgramReport, Report, SiteReport, Totals,
     stack::{OWN, callers, write_frames},
-    units::{bytes, count, counted, duration},
+    units::{bytes, count, counted, duration, form},
 };
 use crate::{stacks::StackQuality, terminal::harmless};
 
@@ -28,10 +28,12 @@ pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Re
         });
         writeln!(
             to,
-            "{} more programs have {} in {} that were not freed (--format json has them all).\n",
-            rest.len(),
+            "{} {} {} in {} that {} not freed (--format json has all).\n",
+            counted(rest.len() as u64, "more program"),
+            form(rest.len() as u64, "has", "have"),
             bytes(live_bytes),
             counted(live_blocks, "block"),
+            form(live_blocks, "was", "were"),
         )?;
     } else {
         for subject in subjects {
@@ -275,26 +277,31 @@ fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<(
 /// What of a process may be missing.
 fn write_gaps(process: &ProcessReport, to: &mut dyn Write) -> io::Result<()> {
     if process.untraced_children > 0 {
+        let number = u64::from(process.untraced_children);
         writeln!(
             to,
-            "  {} of its own went their own way (fork) and were not traced.\n",
-            counted(u64::from(process.untraced_children), "process"),
+            "  {} that it forked {} not traced (--follow traces {} too).\n",
+            counted(number, "process"),
+            form(number, "was", "were"),
+            form(number, "it", "them"),
         )?;
     }
     if process.unseen_vfork_children > 0 {
         writeln!(
             to,
-            "  ! It started {} by vfork, which use its memory until then. What they allocated or freed\n    \
-             in it, seldom anything, is not in these figures.\n",
+            "  ! It started {} by vfork, in its own memory until then. What was allocated or freed there\n    \
+             meanwhile, seldom anything, is not in these figures.\n",
             counted(u64::from(process.unseen_vfork_children), "program"),
         )?;
     }
     if process.sampled_out > 0 {
         writeln!(
             to,
-            "  ! It had more blocks than one process may have (--max-live-per-process): {} were not \
-             recorded,\n    and others stand for them. Its figures are estimates.\n",
+            "  ! It had more blocks than one process may have (--max-live-per-process): {} {} not \
+             recorded,\n    and others stand for {}. Its figures are estimates.\n",
             counted(process.sampled_out, "block"),
+            form(process.sampled_out, "was", "were"),
+            form(process.sampled_out, "it", "them"),
         )?;
     }
     if process.main_thread_exited {
@@ -546,14 +553,24 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         })
         .collect();
     if report.untracked_frees > 0 {
-        let of = if recorded_sizes(report).is_some() {
-            "blocks from before tracing began, or left out by size, or given back by the cache of a thread that ended"
-        } else if missed.is_empty() {
-            "blocks from before tracing began, or given back by the cache of a thread that ended, are not counted"
-        } else {
-            "blocks that are not in the books: from before tracing began, or not recorded"
-        };
-        writeln!(to, "{} of {of}.", counted(report.untracked_frees, "free"))?;
+        let reasons = [
+            (true, "from before tracing began"),
+            (report.processes.len() > 1, "inherited at a fork"),
+            (recorded_sizes(report).is_some(), "left out by size"),
+            (!missed.is_empty(), "not recorded"),
+            (true, "given back by the cache of a thread that ended"),
+        ];
+        let reasons: Vec<_> = reasons
+            .into_iter()
+            .filter_map(|(may_be, reason)| may_be.then_some(reason))
+            .collect();
+        writeln!(
+            to,
+            "{} {} of blocks that are not in these figures: {}.",
+            counted(report.untracked_frees, "free"),
+            form(report.untracked_frees, "was", "were"),
+            reasons.join(", or ")
+        )?;
     }
     let has_gap = |process: &ProcessReport| {
         process.unseen_vfork_children > 0 || process.main_thread_exited || process.sampled_out > 0
@@ -599,8 +616,12 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     if all.incomplete.is_empty() && all.sampled == 0 {
         writeln!(to, "Every stack goes up to its thread's start.")?;
     } else {
-        let sampled = (all.sampled > 0)
-            .then(|| format!("{} go up there as one such call did", count(all.sampled)));
+        let sampled = (all.sampled > 0).then(|| {
+            format!(
+                "{} whose outer frames are those of one such call",
+                count(all.sampled)
+            )
+        });
         let incomplete = all
             .incomplete
             .iter()
@@ -610,8 +631,8 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         let percent = (share * 10_000.0).floor() / 100.0;
         writeln!(
             to,
-            "{percent:.2} % of the allocations have a stack that goes up to its thread's start; \
-             of the others\n{}.",
+            "{percent:.2} % of the allocations have a stack that is known up to its thread's start. \
+             The others:\n{}.",
             reasons.join(", ")
         )?;
     }
@@ -705,4 +726,36 @@ pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -
         writeln!(to)?;
     }
     to.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_not_spoken_of_as_several() {
+        let gaps = |number: u32| {
+            let process = ProcessReport {
+                untraced_children: number,
+                sampled_out: number.into(),
+                ..ProcessReport::default()
+            };
+            let mut text = Vec::new();
+            write_gaps(&process, &mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let (one, two) = (gaps(1), gaps(2));
+        for line in [
+            "1 process that it forked was not traced (--follow traces it too).",
+            "1 block was not recorded,\n    and others stand for it.",
+        ] {
+            assert!(one.contains(line), "{one}");
+        }
+        for line in [
+            "2 processes that it forked were not traced (--follow traces them too).",
+            "2 blocks were not recorded,\n    and others stand for them.",
+        ] {
+            assert!(two.contains(line), "{two}");
+        }
+    }
 }

@@ -25,6 +25,11 @@ pub(crate) fn counted(number: u64, noun: &str) -> String {
     format!("{} {noun}{ending}", count(number))
 }
 
+/// The form of a word that goes with so many things.
+pub(crate) const fn form(number: u64, one: &'static str, several: &'static str) -> &'static str {
+    if number == 1 { one } else { several }
+}
+
 /// `512 B`, `1.5 KiB`, `3.0 GiB`.
 pub(crate) fn bytes(number: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
