@@ -221,7 +221,7 @@ fn what_is_waited_for_has_all_of_the_duration() {
         outcome
             .finished
             .stderr
-            .contains("\nunfreed: no process came"),
+            .contains("\nunfreed: no such process came"),
         "{}",
         outcome.finished
     );

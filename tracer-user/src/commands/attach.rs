@@ -357,7 +357,9 @@ async fn watch(
             biased;
             signal = signals.next() => {
                 signal?;
-                ensure!(has_begun, "no process came that could be traced");
+                // It may have come this very moment.
+                session.drain();
+                ensure!(!session.targets().is_empty(), "no such process came");
                 return Ok(());
             }
             () = sleep_until(end) => return Ok(()),

@@ -566,9 +566,10 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
             .collect();
         writeln!(
             to,
-            "{} {} of blocks that are not in these figures: {}.",
+            "{} {} of {} not in these figures:\n{}.",
             counted(report.untracked_frees, "free"),
             form(report.untracked_frees, "was", "were"),
+            form(report.untracked_frees, "a block that is", "blocks that are"),
             reasons.join(", or ")
         )?;
     }
