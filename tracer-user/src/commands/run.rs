@@ -287,7 +287,7 @@ impl Held<'_> {
     fn is_ending(&self) -> bool {
         const MOMENTS: u32 = 100;
         (0..MOMENTS).any(|_| {
-            let ended = !Process::before_exec(self.raw_pid()).is_alive();
+            let ended = !Process::exists(self.raw_pid());
             if !ended {
                 std::thread::sleep(Duration::from_millis(1));
             }

@@ -203,7 +203,7 @@ async fn watch(options: &Options) -> anyhow::Result<Ending> {
                             break;
                         }
                         Err(error) => {
-                            screen.say(match Process::is_alive(pid) {
+                            screen.say(match Process::exists(pid) {
                                 false => format!("PID {pid} has ended"),
                                 true => format!("{error:#}"),
                             });

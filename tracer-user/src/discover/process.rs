@@ -104,14 +104,24 @@ impl Process {
         }
     }
 
+    /// Whether any thread of the process with a PID is left, whichever it is.
+    #[must_use]
+    pub fn exists(pid: u32) -> bool {
+        Self::lives(pid, 0)
+    }
+
     /// Whether any thread of it is left.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        open(self.pid)
+        Self::lives(self.pid, self.start_ticks)
+    }
+
+    /// Whether the process that began then, if that is known, has a thread left.
+    fn lives(pid: u32, start_ticks: u64) -> bool {
+        open(pid)
             .and_then(|process| Ok(process.stat()?))
             .is_ok_and(|stat| {
-                let is_same = self.start_ticks == 0 || stat.starttime == self.start_ticks;
-                is_same && !is_over(&stat)
+                !is_over(&stat) && (start_ticks == 0 || stat.starttime == start_ticks)
             })
     }
 
