@@ -38,7 +38,7 @@ impl Session {
     }
 
     /// Looks whether targets are gone whose end was not heard of.
-    pub fn notice_gone(&mut self) {
+    pub(super) fn notice_gone(&mut self) {
         for target in self.targets.values_mut() {
             if target.end.is_none() && !target.process.is_alive() {
                 target.ended(End::Gone);

@@ -501,11 +501,14 @@ impl Session {
             target.peak_live_bytes = target.peak_live_bytes.max(live_bytes);
             target.ranges.forget_gone();
         }
-        self.notice_gone();
-        self.find_missing()?;
         self.close_ended()?;
         self.drop_unused_tables();
         self.forget_files();
+        // Last: what those said that end just now is still to be heard before they are closed.
+        if self.stopped_ns.is_none() {
+            self.notice_gone();
+            self.find_missing()?;
+        }
         Ok(())
     }
 
