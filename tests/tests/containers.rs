@@ -71,7 +71,7 @@ fn the_probes_of_a_file_are_for_all_when_many_of_its_processes_are_traced() {
         target.work();
     }
     let (few, many) = (few.stop(), many.stop());
-    let tells_cost = |told: &str| told.contains("2 others pay about");
+    let tells_cost = |told: &str| told.contains("2 other processes pay about");
     assert!(tells_cost(&many.finished.stderr), "{}", many.finished);
     assert!(!few.finished.stderr.contains("pay"), "{}", few.finished);
     for (outcome, traced) in [(&few, 4), (&many, 5)] {

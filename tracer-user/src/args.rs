@@ -107,9 +107,9 @@ Examples:
     #[command(after_help = "\
 A table is printed every --interval seconds; Ctrl-C, --duration, --count or the end of the
 processes ends the session with the final report. The processes run on undisturbed. With --format
-json only the final report is given. unfreed ends with 0 if there is a report, 1 if there is none
-(nothing to trace, or not permitted), 2 if the command line is wrong, and 128+n if signal n came
-before anything was traced.
+json only the final report is given. unfreed ends with 0; with 1 if nothing was traced, or if it
+failed meanwhile (then the report is of what was recorded until then); with 2 if the command line is
+wrong; and with 128+n if signal n came before it began.
 
 A process is traced if any TARGET names it (all are without one), if it is in a --cgroup and a
 --container and of a --user that are given, and if no --exclude names it. Processes that come later

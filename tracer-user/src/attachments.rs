@@ -247,6 +247,27 @@ impl Attachments {
             .max()
     }
 
+    /// Gives the probes that are for all in files that none of these processes has mapped, if there are many:
+    /// files of containers that are gone, of programs that were built and run.
+    pub fn detach_unused<'a>(
+        &mut self,
+        spaces: impl Iterator<Item = &'a AddressSpace>,
+    ) -> Vec<Link> {
+        const MANY: usize = 512;
+        if self.standing.len() <= MANY {
+            return Vec::new();
+        }
+        let used: HashSet<FileId> = spaces
+            .flat_map(AddressSpace::segments)
+            .filter(|segment| segment.is_mapped)
+            .filter_map(|segment| Some(segment.mapping.file()?.file))
+            .collect();
+        let unused = self
+            .standing
+            .extract_if(|(file, _), _| !used.contains(file));
+        unused.flat_map(|(_, standing)| standing.links).collect()
+    }
+
     /// Takes the probes that are for all away.
     pub fn detach(&mut self) -> Vec<Link> {
         self.standing

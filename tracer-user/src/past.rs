@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     account::{Account, SiteId},
-    discover::labels::Container,
+    discover::{labels::Container, process::Process},
     stacks::Stack,
 };
 
@@ -20,6 +20,10 @@ const MOST_PROCESSES: usize = 1024;
 const MOST_SITES: usize = 1 << 16;
 /// Sites of a program that many processes ran.
 const MOST_SITES_OF_PROGRAM: usize = 1 << 14;
+/// Programs that are told apart. On a host where containers come and go there are ever new ones.
+const MOST_PROGRAMS: usize = 1024;
+/// The name that those beyond have in all.
+const OTHERS: &str = "(others)";
 
 /// What ended processes did.
 #[derive(Debug, Default)]
@@ -31,6 +35,8 @@ pub struct Past {
     earlier: HashMap<Program, Sum>,
     /// Stacks of all of them: processes that run the same program share most.
     stacks: HashMap<(SiteId, bool), Rc<Stack>>,
+    /// How many of those there were when unused ones were looked for.
+    stacks_before: usize,
 }
 
 /// What processes are added up by.
@@ -60,6 +66,10 @@ impl Past {
                 *stack = Rc::clone(self.stacks.entry(key).or_insert_with(|| Rc::clone(stack)));
             }
         }
+        if self.stacks.len() > 2 * self.stacks_before.max(MOST_SITES) {
+            self.stacks.retain(|_, stack| Rc::strong_count(stack) > 1);
+            self.stacks_before = self.stacks.len();
+        }
         self.sites += account.sites.len();
         self.latest.push_back((number, account));
         while self.latest.len() > MOST_PROCESSES
@@ -73,7 +83,7 @@ impl Past {
         }
     }
 
-    fn add_up(&mut self, account: Account) {
+    fn add_up(&mut self, mut account: Account) {
         let process = &account.process;
         let program = Program {
             exe: process.exe.clone(),
@@ -84,6 +94,15 @@ impl Past {
                 .then(|| process.comm.clone()),
             container: process.labels.container.clone(),
         };
+        let mut program = program;
+        if !self.earlier.contains_key(&program) && self.earlier.len() >= MOST_PROGRAMS {
+            account.process = Process::gone(0, OTHERS);
+            program = Program {
+                exe: PathBuf::new(),
+                comm: Some(OTHERS.to_owned()),
+                container: None,
+            };
+        }
         match self.earlier.get_mut(&program) {
             Some(sum) => {
                 sum.account.add(account, MOST_SITES_OF_PROGRAM);
@@ -97,11 +116,6 @@ impl Past {
                 self.earlier.insert(program, sum);
             }
         }
-    }
-
-    /// Forgets stacks that nobody has any more.
-    pub fn tidy(&mut self) {
-        self.stacks.retain(|_, stack| Rc::strong_count(stack) > 1);
     }
 
     /// The latest, with their numbers.
@@ -118,7 +132,7 @@ impl Past {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{account::SiteAccount, discover::process::Process};
+    use crate::account::SiteAccount;
 
     fn account(exe: &str, sites: u64) -> Account {
         let mut process = Process::gone(7, "comm");
@@ -192,5 +206,20 @@ mod tests {
             past.add(number, account);
         }
         assert_eq!(past.earlier().count(), 2);
+    }
+    #[test]
+    fn ever_new_programs_are_one_in_the_end() {
+        const MANY: u64 = 5000;
+        let mut past = Past::default();
+        for number in 0..MANY {
+            past.add(number, account(&format!("/{number}"), 1));
+        }
+        assert_eq!(past.earlier().count(), MOST_PROGRAMS + 1);
+        let all: usize = past.earlier().map(|sum| sum.instances).sum();
+        assert_eq!(all + MOST_PROCESSES, MANY as usize);
+        let others = past
+            .earlier()
+            .find(|sum| sum.account.process.comm == OTHERS);
+        assert_eq!(others.map(|sum| sum.account.sites.len()), Some(1));
     }
 }

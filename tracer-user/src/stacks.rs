@@ -219,6 +219,11 @@ impl StackCheck {
         self.walks.entry(site).or_insert((addresses, end));
     }
 
+    /// Forgets a site's walk: its id will be another's.
+    pub fn forget(&mut self, site: u32) {
+        self.walks.remove(&site);
+    }
+
     /// Compares a site's walk with its memory.
     pub fn compare(&mut self, site: u32, sampled: &Sampled) {
         let Some((walked, end)) = self.walks.remove(&site) else {

@@ -585,10 +585,10 @@ impl Target {
         }
     }
 
-    /// Whether it has ended, and nothing keeps its place from being another's.
+    /// Whether it has ended, all that it did was heard, and nothing keeps its place from being another's.
     #[must_use]
     pub fn is_to_be_closed(&self) -> bool {
-        self.end.is_some() && !self.is_held && !self.has_own_probes()
+        self.is_told && !self.is_held && !self.has_own_probes()
     }
 
     /// Whether probes stand that are for this process alone.

@@ -26,6 +26,17 @@ use super::{
     tracer::{Tracer, data, monotonic_ns, queue, remove},
 };
 
+/// An instance that was opened and not yet given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Opened {
+    /// Its number.
+    pub instance: u32,
+    /// The process that it was opened for.
+    pub pid: u32,
+    /// Tells it from others with the number.
+    pub generation: u32,
+}
+
 impl Tracer {
     /// Opens an instance for a process; it does not record before [`Tracer::arm`].
     pub fn open_instance(&mut self, pid: u32, flags: u32) -> anyhow::Result<u32> {
@@ -35,7 +46,8 @@ impl Tracer {
         let opened = self.open_numbered(instance, pid, flags);
         if opened.is_err() {
             // Its sites, if it has some by now, go with it.
-            self.recycle(&HashSet::from([instance]))?;
+            self.recycle_sites(&HashSet::from([instance]))?;
+            self.free_number(instance)?;
         }
         opened?;
         Ok(instance)
@@ -81,18 +93,19 @@ impl Tracer {
     /// Records no more of a process, which may go on, or be gone.
     pub fn forget_process(&mut self, pid: u32, instance: u32) -> anyhow::Result<()> {
         self.disarm(instance);
-        let taken: Option<Membership> = take(data(&self.ebpf, "PROCESSES")?.fd().as_fd(), &pid)
-            .context("failed to forget a process")?;
-        let Some(member) = taken else {
-            return Ok(());
-        };
-        if member.instance == instance {
+        if self.instance_of(pid)? != Some(instance) {
+            // It has executed a program meanwhile, or the PID is another process's.
             return Ok(());
         }
-        // It has executed a program meanwhile, or the PID is another process's.
+        let taken: Option<Membership> = take(data(&self.ebpf, "PROCESSES")?.fd().as_fd(), &pid)
+            .context("failed to forget a process")?;
+        let Some(member) = taken.filter(|member| member.instance != instance) else {
+            return Ok(());
+        };
+        // That has happened at this very moment.
         let mut processes = self.processes()?;
         let put_back = processes.insert(pid, member, u64::from(BPF_NOEXIST));
-        // And may have ended at this very moment: who ends says so first, and then removes what is there.
+        // And it may have ended since: who ends says so first, and then removes what is there.
         let is_over = self.flags(member.instance).load(Ordering::SeqCst) & ARMED == 0;
         if put_back.is_ok() && is_over {
             remove(&mut self.processes()?, &pid).context("failed to forget a process")?;
@@ -108,13 +121,23 @@ impl Tracer {
             .map(|member| member.instance))
     }
 
-    /// The instances that have not been given back, and the PIDs that they were opened for.
-    pub fn open_instances(&self) -> impl Iterator<Item = (u32, u32)> {
+    /// The instances that have not been given back.
+    pub fn open_instances(&self) -> impl Iterator<Item = Opened> {
         (1..MAX_INSTANCES).filter_map(|instance| {
             let state = self.instances.pointer(instance as usize);
-            // SAFETY: a field of a live element of the mapping.
-            let tgid = unsafe { (&raw const (*state).tgid).read_volatile() };
-            (tgid != 0).then_some((instance, tgid))
+            // SAFETY: fields of a live element of the mapping.
+            let (pid, generation) = unsafe {
+                (
+                    (&raw const (*state).tgid).read_volatile(),
+                    (&raw const (*state).generation).read_volatile(),
+                )
+            };
+            let opened = Opened {
+                instance,
+                pid,
+                generation,
+            };
+            (pid != 0).then_some(opened)
         })
     }
 
@@ -123,14 +146,28 @@ impl Tracer {
     pub fn recycle(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<u32>> {
         let sites = self.recycle_sites(instances)?;
         for instance in instances {
-            let state = self.instances.pointer(*instance as usize);
-            // SAFETY: a field of a live element that nobody uses any more.
-            unsafe { (&raw mut (*state).tgid).write_volatile(0) };
-            self.queue("FREE_INSTANCES")?
-                .push(instance, 0)
-                .context("failed to free a process instance")?;
+            if self.instance(*instance).tgid != 0 {
+                self.free_number(*instance)?;
+            }
         }
         Ok(sites)
+    }
+
+    fn free_number(&mut self, instance: u32) -> anyhow::Result<()> {
+        // Whoever still has a membership of it has none any more.
+        let state = Instance {
+            generation: self.instance(instance).generation.wrapping_add(1),
+            ..Instance::default()
+        };
+        // SAFETY: a live element that nobody uses any more.
+        unsafe {
+            self.instances
+                .pointer(instance as usize)
+                .write_volatile(state);
+        }
+        self.queue("FREE_INSTANCES")?
+            .push(instance, 0)
+            .context("failed to free a process instance")
     }
 
     fn flags(&self, instance: u32) -> &AtomicU32 {

@@ -148,6 +148,9 @@ pub enum Link {
 /// waits overlap.
 pub fn detach(links: Vec<Link>) {
     const MOST_THREADS: usize = 128;
+    if links.is_empty() {
+        return;
+    }
     let (count, start) = (links.len(), Instant::now());
     let left = Mutex::new(links.into_iter());
     let next = || {

@@ -1,6 +1,6 @@
 //! Everything that talks to the kernel's BPF: loading, maps, links.
 
-mod instances;
+pub mod instances;
 pub mod kernel_types;
 pub mod links;
 pub mod maps;

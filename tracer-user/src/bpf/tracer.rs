@@ -477,6 +477,8 @@ mod tests {
         tracer.forget_process(1, instance).unwrap();
         assert_eq!(tracer.instance_of(1).unwrap(), None);
         tracer.recycle(&HashSet::from([instance])).unwrap();
+        // Once.
+        tracer.recycle(&HashSet::from([instance])).unwrap();
         assert!(tracer.site_ids().all(|id| tracer.site(id).instance == 0));
         assert_eq!(tracer.open_instances().count(), 0);
         assert_ne!(tracer.open_instance(1, 0).unwrap(), 0);

@@ -26,7 +26,7 @@ use crate::{
         self, Report,
         units::{counted, form},
     },
-    session::Session,
+    session::{Depth, Session},
     signals::Signals,
     target::{End, Target},
     terminal::harmless,
@@ -159,7 +159,7 @@ pub(super) async fn trace(
         match open(&mut session, process, plan.trace.force) {
             Ok(_) => {}
             Err(error) if several => say(format_args!("unfreed: {error:#}; left out")),
-            Err(error) => return Err(Process::inspect(pid).err().unwrap_or(error)),
+            Err(error) => return Err(Process::look(pid).err().unwrap_or(error)),
         }
     }
     session.plan_probes();
@@ -171,7 +171,7 @@ pub(super) async fn trace(
             Err(error) => {
                 session.give_up(instance);
                 // A process that is gone explains every other error.
-                let error = Process::inspect(pid).err().unwrap_or(error);
+                let error = Process::look(pid).err().unwrap_or(error);
                 if !several {
                     return Err(error);
                 }
@@ -184,6 +184,8 @@ pub(super) async fn trace(
             }
         }
     }
+    // One that has executed its program since it was found is heard of now.
+    session.drain();
     if session.targets().is_empty() && !plan.waits {
         let error = first_error.unwrap_or_else(|| anyhow!("no process is left to trace"));
         return Err(error);
@@ -201,7 +203,7 @@ pub(super) async fn trace(
     let watched = watch(&mut session, &signals, plan, &cost).await;
     let stopped = session.stop();
     Ok(Traced {
-        report: session.report(true)?,
+        report: session.report(Depth::Final)?,
         trouble: watched.and(stopped).err(),
     })
 }
@@ -292,7 +294,10 @@ fn tell_start(session: &Session, plan: &Plan<'_>) {
              (std::terminate)"
         ));
     }
-    if targets.len() <= FEW {
+    if targets.is_empty() {
+        // It has come and gone.
+        say(end);
+    } else if targets.len() <= FEW {
         for target in targets.values() {
             say(format_args!(
                 "tracing PID {} ({}): {} probed; {end}",
@@ -359,12 +364,11 @@ async fn watch(
                 signal?;
                 // It may have come this very moment.
                 session.drain();
-                ensure!(!session.targets().is_empty(), "no such process came");
+                ensure!(session.has_traced(), "no such process came");
                 return Ok(());
             }
             () = sleep_until(end) => return Ok(()),
             _ = ticks.tick() => {
-                session.drain();
                 session.tick()?;
                 newcomers.take_up(session, plan.trace.force);
                 if has_begun {
@@ -380,7 +384,7 @@ async fn watch(
                 session.drain();
             }
         }
-        if !has_begun && session.targets().values().any(|target| target.probes() > 0) {
+        if !has_begun && session.has_traced() {
             has_begun = true;
             session.restart_clock();
             session.count_payers();
@@ -461,7 +465,7 @@ fn table(session: &mut Session, plan: &Plan<'_>) -> anyhow::Result<()> {
     if plan.report.format != Format::Text {
         return Ok(());
     }
-    let report = session.report(false)?;
+    let report = session.report(Depth::Interim)?;
     let mut stdout = io::stdout();
     match report
         .write_interim(plan.report.limit, &mut stdout)

@@ -62,7 +62,7 @@ a process of yours:
   unfreed attach \
              PID");
     }
-    Ok(ExitCode::SUCCESS)
+    traced.trouble.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 /// The server; ended when dropped.

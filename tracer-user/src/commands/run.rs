@@ -30,7 +30,7 @@ use crate::{
     args::Run,
     discover::{process::Process, selection::Selection},
     preflight, report,
-    session::Session,
+    session::{Depth, Session},
     signals::{Received, Signals},
     target::End,
 };
@@ -114,7 +114,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         say(format_args!("unfreed: {shortcoming}"));
     }
     session
-        .report(true)?
+        .report(Depth::Final)?
         .give(&args.report, &mut io::stderr())?;
     Ok(Outcome::Ended(status))
 }
@@ -234,6 +234,7 @@ impl Held<'_> {
         let mut ticks = tokio::time::interval(INTERVAL);
         loop {
             self.notice()?;
+            self.session.detach_ended();
             if self.ended.is_some() {
                 return Ok(());
             }

@@ -175,7 +175,10 @@ impl ContainerNames {
         let name = docker(&container.id)
             .or_else(|| podman(&container.id))
             .or_else(|| containerd(&container.id));
-        self.known.insert(container.id.clone(), name.clone());
+        // One that has none may be about to get it.
+        if name.is_some() {
+            self.known.insert(container.id.clone(), name.clone());
+        }
         name
     }
 }

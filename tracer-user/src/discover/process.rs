@@ -91,10 +91,23 @@ impl Process {
             .is_ok_and(|now| now.start_ticks == self.start_ticks && now.exe == self.exe)
     }
 
-    /// The script that it runs, if its program is an interpreter: its first argument that is no
-    /// option, as a path, whether that is one or not.
+    /// The script that it runs, if its program is an interpreter that is known: its first argument that is
+    /// no option, as a path, whether that is one or not.
     #[must_use]
     pub fn script(&self) -> Option<PathBuf> {
+        /// How the names of interpreters begin.
+        const INTERPRETERS: [&str; 15] = [
+            "python", "perl", "ruby", "node", "php", "lua", "bash", "sh", "dash", "zsh", "ksh",
+            "fish", "tclsh", "pypy", "java",
+        ];
+        let program = self.exe.file_name()?.to_str()?;
+        let is_interpreter = INTERPRETERS.iter().any(|name| {
+            let rest = program.strip_prefix(name);
+            rest.is_some_and(|rest| !rest.starts_with(|next: char| next.is_ascii_alphabetic()))
+        });
+        if !is_interpreter {
+            return None;
+        }
         let process = open(self.pid).ok()?;
         let arguments = process.cmdline().ok()?;
         let script = script_of(&arguments)?;
@@ -156,12 +169,6 @@ impl Process {
         };
         child.labels.namespace_pid = None;
         child
-    }
-
-    /// Whether a PID is a process that runs unfreed.
-    #[must_use]
-    pub fn is_unfreed(pid: u32) -> bool {
-        is_unfreed(pid)
     }
 
     /// What the process has mapped now.

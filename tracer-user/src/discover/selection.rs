@@ -435,16 +435,20 @@ impl Name {
     }
 
     /// Whether it is that of a process of which no more than the kernel's short name is known: that of the
-    /// program's file, as it was executed, but for what is beyond 15 bytes.
+    /// file that was executed (a program, a link to it or a script), but for what is beyond 15 bytes.
     fn is_of_unseen(&self, process: &Process) -> Option<bool> {
         match self {
             Self::Pid(pid) => Some(process.pid == *pid),
-            Self::Comm(pattern) => Some(glob::matches(pattern, &process.comm)),
+            Self::Comm(pattern) => matches_short(pattern, &process.comm),
             Self::Path(path) => {
-                let file = path.given.rsplit('/').next().unwrap_or_default();
-                let short: String = file.chars().take(15).collect();
-                let may_be = process.comm.is_empty() || glob::matches(&short, &process.comm);
-                if may_be { None } else { Some(false) }
+                let may_be = |text: &str| {
+                    let file = text.rsplit('/').next().unwrap_or_default();
+                    matches_short(file, &process.comm) != Some(false)
+                };
+                match may_be(&path.given) || may_be(&path.resolved) {
+                    true => None,
+                    false => Some(false),
+                }
             }
         }
     }
@@ -481,15 +485,35 @@ impl ProgramPath {
         let exe = process.exe.to_string_lossy();
         glob::matches(&self.given, &exe)
             || glob::matches(&self.resolved, &exe)
-            // A pattern would take whatever is shown a file there for what runs it.
-            || (!is_pattern(&self.given) && process.script().is_some_and(|path| self.is(&path)))
+            || (!is_pattern(&self.given) && self.is_script_of(process))
     }
 
-    fn is(&self, path: &Path) -> bool {
-        path == Path::new(&self.given)
-            || path
-                .to_str()
-                .is_some_and(|text| resolve(text) == self.resolved)
+    /// Whether it is the script that a process runs. Links in the process's own words are not followed: that
+    /// could take for ever, and lead anywhere.
+    fn is_script_of(&self, process: &Process) -> bool {
+        process.script().is_some_and(|script| {
+            let script = script.to_string_lossy();
+            script == self.given || script == self.resolved
+        })
+    }
+}
+
+/// Whether a pattern fits a name of which only the first 15 bytes are known; none if that cannot be told.
+fn matches_short(pattern: &str, short: &str) -> Option<bool> {
+    const MOST_BYTES: usize = 15;
+    if short.is_empty() {
+        return None;
+    }
+    if short.len() < MOST_BYTES || glob::matches(pattern, short) {
+        return Some(glob::matches(pattern, short));
+    }
+    let literal = pattern.split(['*', '?']).next().unwrap_or_default();
+    let may_be = literal.starts_with(short) || short.starts_with(literal);
+    let is_whole = literal.len() == pattern.len() && literal.len() <= MOST_BYTES;
+    if may_be && !is_whole {
+        None
+    } else {
+        Some(false)
     }
 }
 
@@ -748,6 +772,7 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         }
     }
+
     #[test]
     fn of_what_is_gone_it_is_known_what_its_name_and_user_tell() {
         let gone = Process::gone(7, "worker");
@@ -760,6 +785,16 @@ mod tests {
         assert_eq!(meant(&["/usr/bin/worker"], &[]), None);
         assert_eq!(meant(&[], &["worker"]), Some(false));
         assert_eq!(meant(&[], &["/opt/*"]), None);
+        let cut = Process::gone(7, "a-very-long-nam");
+        let is_cut = |target| selection(&[target], &[]).contains_unseen(&cut);
+        assert_eq!(is_cut("a-very-long-name-indeed"), None);
+        assert_eq!(is_cut("a-very-*-indeed"), None);
+        assert_eq!(is_cut("a-very-long-nam"), Some(true));
+        assert_eq!(is_cut("a-very-short-name"), Some(false));
+        assert_eq!(
+            selection(&["x"], &[]).contains_unseen(&Process::gone(7, "")),
+            None
+        );
         let of_user = Selection::new(&Wishes {
             users: &["1234".to_owned()],
             ..Wishes::default()

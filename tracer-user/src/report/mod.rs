@@ -64,12 +64,15 @@ pub struct Report {
     pub shared_probes: Vec<SharedFile>,
     /// Ended processes that are in no entry of their own, as there were too many: only in those of their
     /// programs.
-    #[serde(skip_serializing_if = "is_none")]
-    pub processes_summed_up: usize,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub processes_summed_up: u64,
     /// One entry a program that was more than one process instance, over all of them.
     pub programs: Vec<ProgramReport>,
     /// One entry a process instance: of those that have ended, the latest.
     pub processes: Vec<ProcessReport>,
+    /// The sums of those before, one a program.
+    #[serde(skip)]
+    pub sums: Vec<ProcessReport>,
 }
 
 /// A file whose probes were for all processes of the host that have it mapped.
@@ -292,14 +295,6 @@ pub struct SiteReport {
     clippy::trivially_copy_pass_by_ref,
     reason = "serde hands over a reference"
 )]
-const fn is_none(number: &usize) -> bool {
-    *number == 0
-}
-
-#[expect(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "serde hands over a reference"
-)]
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }
@@ -378,6 +373,11 @@ pub struct Frame {
 }
 
 impl Report {
+    /// Everything that was traced: processes, and sums of some that have ended.
+    fn everything(&self) -> impl Iterator<Item = &ProcessReport> {
+        self.processes.iter().chain(&self.sums)
+    }
+
     /// Writes the report where and how the options say; to `otherwise` without `-o`.
     pub fn give(&self, options: &ReportOptions, otherwise: &mut dyn Write) -> anyhow::Result<()> {
         match &options.output {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde::Serialize;
 
-use super::{FamilyReport, ProcessReport, SiteReport, Totals};
+use super::{FamilyReport, ProcessReport, SiteReport, Totals, is_zero};
 use crate::{discover::labels::Container, stacks::StackQuality};
 
 /// A program that was several process instances.
@@ -21,6 +21,9 @@ pub struct ProgramReport {
     pub instances: usize,
     /// Of these, those that were there to the end.
     pub running: usize,
+    /// Blocks that were not recorded, and for which others stand.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub sampled_out: u64,
     /// Over all instances. `peak_live_bytes` is the sum of theirs, which may be of different times.
     pub totals: Totals,
     /// What the user had counted beside the heap.
@@ -92,6 +95,7 @@ fn program(parts: &[(&ProcessReport, usize)]) -> ProgramReport {
     for (process, instances) in parts {
         program.instances += instances;
         program.running += usize::from(process.is_running());
+        program.sampled_out += process.sampled_out;
         program.totals.add(&process.totals);
         for family in &process.families {
             let known = program.families.iter_mut();
@@ -150,6 +154,7 @@ mod tests {
         assert_eq!(programs[0].sites.len(), 1);
         assert_eq!(programs[0].sites[0].live_bytes, 30);
     }
+
     #[test]
     fn sums_of_ended_processes_are_in_their_program() {
         let earlier = [(process("a", 100), 7), (process("d", 1), 1)];

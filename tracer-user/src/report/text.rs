@@ -132,7 +132,7 @@ fn write_overview(report: &Report, subjects: &[Subject<'_>], to: &mut dyn Write)
         to,
         "{} of {} traced for {}. Those that hold most that was not freed:\n",
         counted(
-            (report.processes.len() + report.processes_summed_up) as u64,
+            report.processes.len() as u64 + report.processes_summed_up,
             "process"
         ),
         counted(subjects.len() as u64, "program"),
@@ -198,7 +198,8 @@ fn write_program(
         writeln!(to, "  … and {} more", count(more as u64))?;
     }
     writeln!(to)?;
-    for process in processes {
+    let sums = report.sums.iter().filter(|sum| program.is_of(sum));
+    for process in processes.into_iter().chain(sums) {
         write_gaps(process, to)?;
     }
     write_sites(report, &program.totals, &program.sites, limit, to)
@@ -581,7 +582,7 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         for (missed, number) in missed {
             writeln!(to, "  {} {}", count(number), missed.effect())?;
         }
-    } else if report.processes.iter().any(has_gap) {
+    } else if report.everything().any(has_gap) {
         writeln!(
             to,
             "But for what is marked with ! above, every call was seen."
@@ -591,8 +592,7 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     }
     write_stack_quality(report, to)?;
     if report
-        .processes
-        .iter()
+        .everything()
         .any(|process| process.totals.live_blocks > 0)
     {
         writeln!(
@@ -608,7 +608,7 @@ fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
 /// How far up the stacks go.
 fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let mut all = StackQuality::default();
-    for process in &report.processes {
+    for process in report.everything() {
         all.join(&process.stacks);
     }
     let Some(share) = all.complete_share() else {

@@ -78,7 +78,12 @@ impl Session {
                 (target.instance, end_ns)
             })
             .collect();
-        let mut instances: HashSet<u32> = ended.keys().chain(&self.unwanted).copied().collect();
+        // A program that found an instance armed may be at it still.
+        let (now, pause) = (Instant::now(), Duration::from_secs(1));
+        let unwanted = self.unwanted.iter();
+        let unwanted = unwanted.filter(|(_, since)| now.duration_since(**since) > pause);
+        let mut instances: HashSet<u32> = ended.keys().copied().collect();
+        instances.extend(unwanted.map(|(instance, _)| *instance));
         if instances.is_empty() {
             return Ok(());
         }
@@ -89,7 +94,7 @@ impl Session {
             .map(|(instance, _)| *instance)
             .collect();
         let mut ages: HashMap<u32, Ages> = HashMap::new();
-        if Instant::now() < self.next_purge {
+        if now < self.next_purge {
             instances.retain(|instance| !with_blocks.contains(instance));
         } else if !with_blocks.is_empty() {
             ages = self.purge(&with_blocks, &ended)?;
@@ -110,9 +115,12 @@ impl Session {
         for site in self.tracer.recycle(&instances)? {
             // The next one with this id has another.
             self.stacks.remove(&site);
+            if let Some(check) = &mut self.stack_check {
+                check.forget(site);
+            }
         }
         self.unwanted
-            .retain(|instance| !instances.contains(instance));
+            .retain(|instance, _| !instances.contains(instance));
         Ok(())
     }
 

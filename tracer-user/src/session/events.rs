@@ -1,6 +1,6 @@
 //! What the kernel side says, as it happens.
 
-use std::{collections::hash_map::Entry, mem::offset_of, rc::Rc};
+use std::{collections::hash_map::Entry, mem::offset_of, rc::Rc, time::Instant};
 
 use anyhow::Context as _;
 use tracer_common::event::{
@@ -11,7 +11,7 @@ use super::Session;
 use crate::{
     discover::{
         labels::{Labels, namespace_pid},
-        process::Process,
+        process::{Process, is_unfreed},
     },
     ranges::Step,
     report::Exit,
@@ -91,7 +91,7 @@ impl Session {
     }
 
     /// Gives whether there were any.
-    fn take_events(&mut self) -> bool {
+    pub(super) fn take_events(&mut self) -> bool {
         const MOST: usize = 1 << 14;
         for count in 0..MOST {
             let Some(record) = self.events.get_mut().next().map(|record| record.to_vec()) else {
@@ -204,7 +204,7 @@ impl Session {
             return;
         }
         let Some(parent) = self.targets.get(&header.detail) else {
-            if self.unwanted.contains(&header.detail) {
+            if self.unwanted.contains_key(&header.detail) {
                 self.forget(header.tgid, header.instance);
             } else {
                 // Nobody heard of the parent.
@@ -244,7 +244,7 @@ impl Session {
                 let is_meant = self.selection.contains(&process, &process.labels);
                 (process, Some(is_meant))
             }
-            Err(_) if is_current && Process::is_unfreed(pid) => {
+            Err(_) if is_current && is_unfreed(pid) => {
                 self.forget(pid, instance);
                 return;
             }
@@ -265,6 +265,8 @@ impl Session {
             self.forget(pid, instance);
             return;
         }
+        // A child that was forked has its parent's segments until its own are published.
+        self.tracer.inherit_code(instance);
         let mut target = Target::of_instance(process, instance);
         target.from_start = true;
         self.add(target);
@@ -276,11 +278,9 @@ impl Session {
 
     /// A process that the kernel side records is not meant.
     pub(super) fn forget(&mut self, pid: u32, instance: u32) {
-        match self.tracer.forget_process(pid, instance) {
-            Ok(()) => {
-                self.unwanted.insert(instance);
-            }
-            Err(error) => log::info!("PID {pid}: {error:#}"),
+        self.unwanted.insert(instance, Instant::now());
+        if let Err(error) = self.tracer.forget_process(pid, instance) {
+            log::info!("PID {pid}: {error:#}");
         }
     }
 

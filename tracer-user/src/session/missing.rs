@@ -4,33 +4,48 @@
 use tracer_common::missed::Missed;
 
 use super::Session;
-use crate::target::End;
+use crate::{bpf::instances::Opened, target::End};
 
 impl Session {
-    /// Finds out whom process events concerned that were missed since the last call.
+    /// Finds out whom process events concerned that were missed since the last call. What seems so is
+    /// taken for it if it still seems so at the next: it may be about to be said.
     pub(super) fn find_missing(&mut self) -> anyhow::Result<()> {
         let missed = self.tracer.missed_of(Missed::LifecycleDropped)?;
-        if missed == self.missed_before {
+        if missed == self.missed_before && self.suspects.is_empty() {
+            return Ok(());
+        }
+        // First what there is, then what was said of it by then.
+        let open: Vec<Opened> = self.tracer.open_instances().collect();
+        self.take_events();
+        if self.has_more {
+            // At the next call.
             return Ok(());
         }
         self.missed_before = missed;
-        // First what there is, then what was said of it by then: what is still unknown was not said.
-        let open: Vec<(u32, u32)> = self.tracer.open_instances().collect();
-        self.drain_all();
-        for (instance, pid) in open {
+        let before = std::mem::take(&mut self.suspects);
+        for opened in open {
+            let Opened { instance, pid, .. } = opened;
             let is_current = self.tracer.instance_of(pid)? == Some(instance);
-            if let Some(target) = self.targets.get_mut(&instance) {
-                if target.end.is_none() && !is_current {
-                    target.ended(End::Gone);
-                }
-            } else if !self.unwanted.contains(&instance) {
+            let target = self.targets.get(&instance);
+            let is_known = match target {
+                Some(target) => target.end.is_some() || is_current,
+                None => self.unwanted.contains_key(&instance),
+            };
+            if is_known {
+                continue;
+            }
+            if !before.contains(&opened) {
+                self.suspects.insert(opened);
+                continue;
+            }
+            if target.is_none() {
                 log::info!("PID {pid}: found though nobody said so");
                 self.take_started(pid, instance, None);
-                if let Some(target) = self.targets.get_mut(&instance)
-                    && !is_current
-                {
-                    target.ended(End::Gone);
-                }
+            }
+            if let Some(target) = self.targets.get_mut(&instance)
+                && !is_current
+            {
+                target.ended(End::Gone);
             }
         }
         Ok(())

@@ -30,6 +30,7 @@ use crate::{
     args::{ReportOptions, TraceOptions},
     attachments::{Attachments, worth_sharing},
     bpf::{
+        instances::Opened,
         links,
         tracer::{Limits, Tracer, monotonic_ns},
     },
@@ -49,6 +50,15 @@ use crate::{
     target::{Target, Wanted},
     unwind::{cache::Cache, copies::Codes, library::Library},
 };
+
+/// What is wanted of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// One of several: how it stands.
+    Interim,
+    /// The last one: everything.
+    Final,
+}
 
 /// A tracing session.
 pub struct Session {
@@ -75,8 +85,10 @@ pub struct Session {
     /// Whether what traced processes fork and execute is traced too.
     follows: bool,
     container_names: ContainerNames,
-    /// Instances that the kernel side opened for processes that are not meant.
-    unwanted: HashSet<u32>,
+    /// Instances that the kernel side opened for processes that are not meant, and since when that is known.
+    unwanted: HashMap<u32, Instant>,
+    /// What may be open without our having been told.
+    suspects: HashSet<Opened>,
     /// Processes that were gone before it was known whether they are meant.
     unidentified: u64,
     /// Process events missed by the time when it was looked whom they concerned.
@@ -168,7 +180,8 @@ impl Session {
             selection,
             follows: trace.follow,
             container_names: ContainerNames::default(),
-            unwanted: HashSet::new(),
+            unwanted: HashMap::new(),
+            suspects: HashSet::new(),
             unidentified: 0,
             missed_before: 0,
             next_purge: Instant::now(),
@@ -220,6 +233,12 @@ impl Session {
     #[must_use]
     pub const fn targets(&self) -> &BTreeMap<u32, Target> {
         &self.targets
+    }
+
+    /// Whether any process was traced by now.
+    #[must_use]
+    pub const fn has_traced(&self) -> bool {
+        self.opened > 0
     }
 
     /// Whether nothing is left to trace.
@@ -491,6 +510,7 @@ impl Session {
 
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
+        self.drain();
         let mut live: HashMap<u32, u64> = HashMap::new();
         for id in self.tracer.site_ids() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);
@@ -504,6 +524,8 @@ impl Session {
         self.close_ended()?;
         self.drop_unused_tables();
         self.forget_files();
+        let spaces = self.targets.values().map(|target| &target.space);
+        links::detach(self.attachments.detach_unused(spaces));
         // Last: what those said that end just now is still to be heard before they are closed.
         if self.stopped_ns.is_none() {
             self.notice_gone();
@@ -516,7 +538,6 @@ impl Session {
     fn forget_files(&mut self) {
         const MANY: usize = 1024;
         if self.files.count() > MANY {
-            self.past.tidy();
             self.codes.tidy();
             let kept = self.files.tidy();
             self.names.retain(&kept);
@@ -606,12 +627,13 @@ impl Session {
         Account::of(target, &figures)
     }
 
-    /// What was found so far. With `ages`, the ledger is walked for the oldest blocks; without, only
-    /// if a filter asks for it.
-    pub fn report(&mut self, ages: bool) -> anyhow::Result<Report> {
+    /// What was found. One of several is of what runs now, and has the ages of blocks only if a filter asks
+    /// for them: they take a walk through the ledger.
+    pub fn report(&mut self, depth: Depth) -> anyhow::Result<Report> {
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         let older = self.filters.older_ms.is_some();
-        let ages = if ages || older {
+        let is_final = depth == Depth::Final;
+        let ages = if is_final || older {
             self.ages(now_ns)?
         } else {
             HashMap::new()
@@ -625,7 +647,9 @@ impl Session {
                 (target.number, self.account(target, sites, &ages, now_ns))
             })
             .collect();
-        let mut all: Vec<&(u64, Account)> = running.iter().chain(self.past.latest()).collect();
+        let past = is_final.then_some(&self.past);
+        let latest = past.into_iter().flat_map(Past::latest);
+        let mut all: Vec<&(u64, Account)> = running.iter().chain(latest).collect();
         all.sort_by_key(|(number, _)| *number);
         let mut untracked_frees = 0;
         let mut account_report = |account: &Account| {
@@ -636,9 +660,9 @@ impl Session {
             .iter()
             .map(|(_, account)| account_report(account))
             .collect();
-        let earlier: Vec<(ProcessReport, usize)> = self
-            .past
-            .earlier()
+        let earlier: Vec<(ProcessReport, usize)> = past
+            .into_iter()
+            .flat_map(Past::earlier)
             .map(|sum| (account_report(&sum.account), sum.instances))
             .collect();
         let missed_events: BTreeMap<_, _> = self
@@ -672,9 +696,10 @@ impl Session {
             stack_check: self.stack_check.clone(),
             untracked_frees,
             shared_probes: self.shared_probes.clone(),
-            processes_summed_up: earlier.iter().map(|(_, instances)| instances).sum(),
+            processes_summed_up: earlier.iter().map(|(_, count)| *count as u64).sum(),
             programs: programs(&processes, &earlier),
             processes,
+            sums: earlier.into_iter().map(|(sum, _)| sum).collect(),
         })
     }
 }
