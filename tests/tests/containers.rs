@@ -288,7 +288,10 @@ fn containers_are_selected_by_what_their_runtimes_call_them() {
     for (container, (session, targets)) in containers.iter().zip(traced) {
         let outcome = session.stop();
         let report = outcome.report_with_code(0);
-        report.assert_nothing_missed();
+        // Where version 1 is in use too, it is not known of what else comes and goes on the machine.
+        let mut missed = report.missed_events();
+        missed.remove("unidentified_processes");
+        assert!(missed.is_empty(), "{report}");
         for target in &targets {
             let process = report.last_of(target.pid());
             target

@@ -104,11 +104,15 @@ pub struct StartedEvent {
     pub header: EventHeader,
     /// The kernel's short name of it, ended by a zero byte: it may be gone before anybody can look.
     pub comm: [u8; 16],
+    /// Number of its control group (version 2).
+    pub cgroup: u64,
     /// Its user.
     pub uid: u32,
+    /// Makes it a whole number of words.
+    pub padding: u32,
 }
 
-const _: () = assert!(size_of::<StartedEvent>() == 36);
+const _: () = assert!(size_of::<StartedEvent>() == 48);
 pod!(StartedEvent);
 
 /// A step of a call that maps or unmaps memory. What a call takes is told before the kernel does it,

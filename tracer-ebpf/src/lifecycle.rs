@@ -2,8 +2,8 @@
 
 use aya_ebpf::{
     helpers::generated::{
-        bpf_get_current_ancestor_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
-        bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_send_signal,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
+        bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_send_signal,
     },
     macros::{raw_tracepoint, uprobe},
     programs::{ProbeContext, RawTracePointContext},
@@ -177,7 +177,10 @@ fn start(tgid: u32, is_followed: bool) -> Option<()> {
         },
         comm: [0; 16],
         // SAFETY: no argument.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        // SAFETY: as above.
         uid: unsafe { bpf_get_current_uid_gid() } as u32,
+        padding: 0,
     };
     // SAFETY: room for as many bytes as are said. If it fails, there is no name.
     unsafe { bpf_get_current_comm((&raw mut event.comm).cast(), 16) };

@@ -4,10 +4,14 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io::Read as _,
-    os::unix::fs::OpenOptionsExt as _,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::fs::OpenOptionsExt as _,
+    },
     path::{Path, PathBuf},
 };
 
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use procfs::process::{Process as ProcProcess, Status};
 use serde::Serialize;
 
@@ -69,21 +73,41 @@ pub fn cgroups(pid: u32) -> Vec<String> {
     unique
 }
 
-/// Names of containers, from the files of their runtimes; each is looked up once.
+/// Names of containers, from the files of their runtimes, and paths of control groups; each is looked up
+/// once.
 #[derive(Debug, Default)]
 pub struct ContainerNames {
     known: HashMap<String, Option<String>>,
+    /// Paths of control groups by their numbers.
+    groups: HashMap<u64, String>,
 }
 
 impl Labels {
+    /// Of a process that is gone, by its user and the number of its control group.
+    #[must_use]
+    pub fn of_gone(uid: u32, cgroup: u64, names: &mut ContainerNames) -> Self {
+        let path = names.cgroup_path(cgroup);
+        Self {
+            uid: Some(uid),
+            ..Self::in_cgroups(path.as_slice(), names)
+        }
+    }
+
     /// Of a process that is there.
     #[must_use]
     pub fn of(pid: u32, names: &mut ContainerNames) -> Self {
-        let cgroups = cgroups(pid);
         let status = i32::try_from(pid)
             .ok()
             .and_then(|pid| ProcProcess::new(pid).ok())
             .and_then(|process| process.status().ok());
+        Self {
+            uid: status.as_ref().map(|status| status.ruid),
+            namespace_pid: status.as_ref().and_then(innermost_pid),
+            ..Self::in_cgroups(&cgroups(pid), names)
+        }
+    }
+
+    fn in_cgroups(cgroups: &[String], names: &mut ContainerNames) -> Self {
         let mut container = cgroups.iter().find_map(|path| container(path));
         if let Some(container) = &mut container {
             container.name = names.of(container);
@@ -97,10 +121,58 @@ impl Labels {
                 .find(|path| *path != "/")
                 .or(cgroups.first())
                 .cloned(),
-            uid: status.as_ref().map(|status| status.ruid),
-            namespace_pid: status.as_ref().and_then(innermost_pid),
+            ..Self::default()
         }
     }
+}
+
+/// Where the control groups of version 2 are: alone, or beside those of version 1.
+const CGROUP_ROOTS: [&str; 2] = ["/sys/fs/cgroup", HYBRID_ROOT];
+const HYBRID_ROOT: &str = "/sys/fs/cgroup/unified";
+
+/// Path of a control group (version 2) in its hierarchy, by its number; none if it is gone, or if a process
+/// in it may be in any of version 1.
+fn cgroup_path(number: u64) -> Option<String> {
+    CGROUP_ROOTS.iter().find_map(|root| {
+        let directory = File::open(root).ok()?;
+        let is_unified =
+            fstatfs(&directory).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+        if !is_unified {
+            return None;
+        }
+        let group = open_by_number(&directory, number)?;
+        let path = fs::read_link(format!("/proc/self/fd/{}", group.as_raw_fd())).ok()?;
+        let inside = path.strip_prefix(root).ok()?;
+        let path = Path::new("/").join(inside).to_str()?.to_owned();
+        (*root != HYBRID_ROOT || path != "/").then_some(path)
+    })
+}
+
+/// Opens a control group's directory: its number is the handle by which the kernel's file systems for
+/// itself (kernfs) let files be opened.
+fn open_by_number(mount: &File, number: u64) -> Option<OwnedFd> {
+    const FILEID_KERNFS: libc::c_int = 0xfe;
+    #[repr(C)]
+    struct Handle {
+        bytes: libc::c_uint,
+        kind: libc::c_int,
+        number: u64,
+    }
+    let mut handle = Handle {
+        bytes: 8,
+        kind: FILEID_KERNFS,
+        number,
+    };
+    // SAFETY: a handle of the length that it says, and an open directory.
+    let fd = unsafe {
+        libc::open_by_handle_at(
+            mount.as_raw_fd(),
+            (&raw mut handle).cast(),
+            libc::O_PATH | libc::O_CLOEXEC,
+        )
+    };
+    // SAFETY: a descriptor that nobody else has.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A process's PID in its own PID namespace, where that is another than ours.
@@ -167,6 +239,21 @@ pub fn pod_uid(cgroup: &str) -> Option<String> {
 }
 
 impl ContainerNames {
+    /// Path of a control group by its number; none if it is gone.
+    fn cgroup_path(&mut self, number: u64) -> Option<String> {
+        /// Groups come and go.
+        const MOST: usize = 4096;
+        if let Some(known) = self.groups.get(&number) {
+            return Some(known.clone());
+        }
+        if self.groups.len() >= MOST {
+            self.groups.clear();
+        }
+        let path = cgroup_path(number)?;
+        self.groups.insert(number, path.clone());
+        Some(path)
+    }
+
     /// Name of a container.
     pub fn of(&mut self, container: &Container) -> Option<String> {
         if let Some(known) = self.known.get(&container.id) {
@@ -251,6 +338,32 @@ mod tests {
 
     fn of(path: &str) -> Option<(Option<&'static str>, String)> {
         container(&path.replace("ID", ID)).map(|container| (container.runtime, container.id))
+    }
+
+    #[test]
+    fn a_control_group_is_found_by_its_number() {
+        use std::os::unix::fs::MetadataExt as _;
+        let root = CGROUP_ROOTS.iter().find(|root| {
+            File::open(root)
+                .and_then(|root| Ok(fstatfs(&root)?))
+                .is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC)
+        });
+        // To open by a number takes a capability.
+        let (Some(root), true) = (root, nix::unistd::geteuid().is_root()) else {
+            return;
+        };
+        let number = |path: &Path| fs::metadata(path).unwrap().ino();
+        let group = Path::new(root).join(format!("unfreed-test-{}", std::process::id()));
+        fs::create_dir(&group).unwrap();
+        let found = cgroup_path(number(&group));
+        fs::remove_dir(&group).unwrap();
+        assert_eq!(
+            found.as_deref(),
+            Some(&group.to_str().unwrap()[root.len()..])
+        );
+        let of_root = cgroup_path(number(Path::new(root)));
+        assert_eq!(of_root.is_none(), *root == HYBRID_ROOT);
+        assert_eq!(cgroup_path(u64::MAX), None);
     }
 
     #[test]

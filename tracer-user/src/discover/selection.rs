@@ -219,9 +219,8 @@ impl Selection {
                 .all(|(filter, _)| self.passes(*filter, process, labels))
     }
 
-    /// Whether a process is meant that was gone before anybody could look at more than its name and its
-    /// user; none if these do not tell. The kernel side has seen that it is in the control group, if
-    /// there is one only.
+    /// Whether a process is meant that was gone before anybody could look at more than its name, its user and
+    /// its control group; none if these do not tell.
     #[must_use]
     pub fn contains_unseen(&self, process: &Process) -> Option<bool> {
         let any = |names: &[Name]| -> Option<bool> {
@@ -240,9 +239,25 @@ impl Selection {
             Some(uid) => Some(self.users.is_empty() || self.users.contains(&uid)),
             None => self.users.is_empty().then_some(true),
         };
-        let is_in_cgroup = self.cgroups.is_empty() || self.starts().by_cgroup != 0;
-        let is_there = (is_in_cgroup && self.containers.is_empty()).then_some(true);
-        let all = [is_named, is_excluded.map(|is| !is), is_of_user, is_there];
+        let is_in_cgroup = match &process.labels.cgroup {
+            _ if self.cgroups.is_empty() || self.starts().by_cgroup != 0 => Some(true),
+            Some(path) if self.cgroups.iter().all(|group| group.unified.is_some()) => {
+                Some(self.cgroups.iter().any(|group| group.contains(path)))
+            }
+            _ => None,
+        };
+        let is_in_container = match &process.labels.cgroup {
+            _ if self.containers.is_empty() => Some(true),
+            Some(_) => Some(self.is_in_container(&process.labels)),
+            None => None,
+        };
+        let all = [
+            is_named,
+            is_excluded.map(|is| !is),
+            is_of_user,
+            is_in_cgroup,
+            is_in_container,
+        ];
         if all.contains(&Some(false)) {
             return Some(false);
         }

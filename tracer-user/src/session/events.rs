@@ -112,11 +112,8 @@ impl Session {
             return;
         }
         if is(EventKind::Started) {
-            self.take_started(
-                header.tgid,
-                header.instance,
-                Some(Start::read(header, record)),
-            );
+            let start = Start::read(header, record);
+            self.take_started(header.tgid, header.instance, start);
             return;
         }
         let Self {
@@ -250,9 +247,12 @@ impl Session {
             }
             // Over already, or about to be.
             _ => {
-                let mut process =
-                    Process::gone(pid, start.as_ref().map_or("", |start| &start.comm));
-                process.labels.uid = start.as_ref().map(|start| start.uid);
+                let comm = start.as_ref().map_or("", |start| &start.comm);
+                let mut process = Process::gone(pid, comm);
+                if let Some(start) = &start {
+                    let names = &mut self.container_names;
+                    process.labels = Labels::of_gone(start.uid, start.cgroup, names);
+                }
                 let is_meant = self.selection.contains_unseen(&process);
                 (process, is_meant)
             }
@@ -329,6 +329,8 @@ fn range_step(header: EventHeader, record: &[u8]) -> Option<Step> {
 pub(super) struct Start {
     /// The kernel's short name of the process.
     comm: String,
+    /// Number of its control group.
+    cgroup: u64,
     /// Its user.
     uid: u32,
     /// Whether what it was before is followed.
@@ -336,17 +338,19 @@ pub(super) struct Start {
 }
 
 impl Start {
-    fn read(header: EventHeader, record: &[u8]) -> Self {
-        let comm = record.get(offset_of!(StartedEvent, comm)..offset_of!(StartedEvent, uid));
-        let comm = comm.unwrap_or_default().split(|byte| *byte == 0);
-        let uid = record.get(offset_of!(StartedEvent, uid)..);
-        Self {
-            comm: String::from_utf8_lossy(comm.into_iter().next().unwrap_or_default()).into_owned(),
-            uid: uid
-                .and_then(|bytes| Some(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
-                .unwrap_or_default(),
+    /// None if it is too short.
+    fn read(header: EventHeader, record: &[u8]) -> Option<Self> {
+        let bytes = |from: usize, count: usize| record.get(from..from + count);
+        let comm = bytes(offset_of!(StartedEvent, comm), 16)?;
+        let comm = comm.split(|byte| *byte == 0).next().unwrap_or_default();
+        let cgroup = bytes(offset_of!(StartedEvent, cgroup), 8)?;
+        let uid = bytes(offset_of!(StartedEvent, uid), 4)?;
+        Some(Self {
+            comm: String::from_utf8_lossy(comm).into_owned(),
+            cgroup: u64::from_ne_bytes(cgroup.try_into().ok()?),
+            uid: u32::from_ne_bytes(uid.try_into().ok()?),
             was_followed: header.detail != 0,
-        }
+        })
     }
 }
 
