@@ -7,6 +7,7 @@ mod forward;
 pub mod labels;
 pub mod maps;
 pub mod module;
+mod names;
 pub mod process;
 pub mod root;
 pub mod selection;
