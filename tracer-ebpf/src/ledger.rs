@@ -207,7 +207,9 @@ fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
         if let Some(old_site) = SITES.get_ptr_mut(old.site) {
             // SAFETY: live map element.
             unsafe {
-                add_u64(&raw mut (*old_site).missed_frees, 1);
+                if old.site != block.site {
+                    add_u64(&raw mut (*old_site).missed_frees, 1);
+                }
                 end_of_life(state, old_site, &old);
             }
         }

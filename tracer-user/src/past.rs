@@ -118,6 +118,12 @@ impl Past {
         }
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.latest.is_empty()
+    }
+
     /// The latest, with their numbers.
     pub fn latest(&self) -> impl Iterator<Item = &(u64, Account)> {
         self.latest.iter()

@@ -158,8 +158,14 @@ pub(super) async fn trace(
         let pid = process.pid;
         match open(&mut session, process, plan.trace.force) {
             Ok(_) => {}
-            Err(error) if several => say(format_args!("unfreed: {error:#}; left out")),
-            Err(error) => return Err(Process::look(pid).err().unwrap_or(error)),
+            Err(error) => {
+                // A process that is gone explains every other error.
+                let error = Process::look(pid).err().unwrap_or(error);
+                if !several {
+                    return Err(error);
+                }
+                say(format_args!("unfreed: {error:#}; left out"));
+            }
         }
     }
     session.plan_probes();
@@ -234,7 +240,11 @@ fn open(session: &mut Session, process: Process, force: bool) -> anyhow::Result<
 /// Probes what a process has mapped.
 fn probe(session: &mut Session, instance: u32) -> anyhow::Result<()> {
     session.probe(instance)?;
-    session.expect_probes(instance)?;
+    if let Err(error) = session.expect_probes(instance) {
+        // Says more, if that is why.
+        expect_what_was_asked_for(session, instance)?;
+        return Err(error);
+    }
     session.hook_loader(instance)?;
     // What was mapped before the hook stood.
     session.probe(instance)?;
@@ -258,6 +268,11 @@ fn take_up(session: &mut Session, process: Process, force: bool) -> anyhow::Resu
 
 /// Says what probes for all processes cost those that are not traced.
 fn tell_cost(session: &Session, cost: &ProbeCost) {
+    // A handful of PIDs gets probes of its own.
+    let hint = match session.shares_all_probes() {
+        true => " (targets that are named by PID cost nobody else anything)",
+        false => "",
+    };
     for shared in session.shared_probes() {
         if shared.other_processes > 0 {
             let ns = cost.emulated_ns + cost.return_ns;
@@ -265,7 +280,7 @@ fn tell_cost(session: &Session, cost: &ProbeCost) {
             say(format_args!(
                 "the probes in {} are for all processes that have it mapped: {} {} about \
                  {:.1} us for every call of malloc there, and {:.1} us for every free, while this \
-                 goes on",
+                 goes on{hint}",
                 shared.path.display(),
                 counted(others, "other process"),
                 form(others, "pays", "pay"),

@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf};
 
 use anyhow::{Context as _, bail};
+use nix::unistd::geteuid;
 use procfs::process::{Process as ProcProcess, Stat};
 
 use super::{
@@ -70,9 +71,7 @@ impl Process {
             );
         }
         let exe = process.exe().map_err(|error| match error {
-            procfs::ProcError::PermissionDenied(_) => {
-                anyhow::anyhow!("not permitted to look at PID {pid}: run unfreed as root")
-            }
+            procfs::ProcError::PermissionDenied(_) => not_permitted(pid),
             error => anyhow::anyhow!("failed to read the program of PID {pid}: {error}"),
         })?;
         Ok(Self {
@@ -201,13 +200,21 @@ fn no_such(pid: u32) -> String {
     format!("there is no process with PID {pid}")
 }
 
+fn not_permitted(pid: u32) -> anyhow::Error {
+    match geteuid().is_root() {
+        true => anyhow::anyhow!(
+            "not permitted to look at PID {pid}, although we are root: a security module or the \
+             container that unfreed runs in forbids it"
+        ),
+        false => anyhow::anyhow!("not permitted to look at PID {pid}: run unfreed as root"),
+    }
+}
+
 fn open(pid: u32) -> anyhow::Result<ProcProcess> {
     let id = i32::try_from(pid).with_context(|| no_such(pid))?;
     ProcProcess::new(id).map_err(|error| match error {
         procfs::ProcError::NotFound(_) => anyhow::anyhow!(no_such(pid)),
-        procfs::ProcError::PermissionDenied(_) => {
-            anyhow::anyhow!("not permitted to look at PID {pid}: run unfreed as root")
-        }
+        procfs::ProcError::PermissionDenied(_) => not_permitted(pid),
         error => anyhow::anyhow!("failed to read PID {pid}: {error}"),
     })
 }

@@ -16,6 +16,12 @@ pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Re
     /// Programs and processes that are shown.
     const MOST: usize = 10;
     let mut subjects = subjects(report);
+    let mut idle = Vec::new();
+    if subjects.len() > 1 {
+        (idle, subjects) = subjects
+            .into_iter()
+            .partition(|subject| subject.is_idle(report));
+    }
     if subjects.len() > MOST {
         write_overview(report, &subjects, to)?;
         let rest = subjects.split_off(MOST);
@@ -40,7 +46,40 @@ pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Re
             subject.write(report, limit, to)?;
         }
     }
+    write_idle(&idle, to)?;
     write_honesty(report, to)
+}
+
+/// A line for all that allocated nothing.
+fn write_idle(idle: &[Subject<'_>], to: &mut dyn Write) -> io::Result<()> {
+    /// Names that are told.
+    const MOST: usize = 10;
+    if idle.is_empty() {
+        return Ok(());
+    }
+    let mut names: Vec<String> = idle
+        .iter()
+        .take(MOST)
+        .map(|subject| match subject {
+            Subject::Process(process) => format!("{} (PID {})", process.comm, process.pid),
+            Subject::Program(program) => {
+                let instances = counted(program.instances as u64, "process");
+                format!("{} ({instances})", program.comm)
+            }
+        })
+        .map(|name| harmless(&name).into_owned())
+        .collect();
+    if idle.len() > MOST {
+        names.push(format!(
+            "{} more",
+            counted((idle.len() - MOST) as u64, "program")
+        ));
+    }
+    writeln!(
+        to,
+        "Nothing was allocated meanwhile by {}.\n",
+        names.join(", ")
+    )
 }
 
 /// What the report has a section of.
@@ -105,6 +144,25 @@ impl Subject<'_> {
         match self {
             Self::Process(_) => 1,
             Self::Program(program) => program.instances,
+        }
+    }
+
+    /// Whether there is nothing to say of it.
+    fn is_idle(&self, report: &Report) -> bool {
+        let allocated_nothing =
+            |families: &[FamilyReport]| families.iter().all(|family| family.totals.allocs == 0);
+        match self {
+            Self::Process(process) => {
+                process.totals.allocs == 0
+                    && allocated_nothing(&process.families)
+                    && !has_gaps(process)
+            }
+            Self::Program(program) => {
+                let mut processes = report.everything().filter(|process| program.is_of(process));
+                program.totals.allocs == 0
+                    && allocated_nothing(&program.families)
+                    && !processes.any(has_gaps)
+            }
         }
     }
 
@@ -273,6 +331,14 @@ fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<(
     };
     row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
     writeln!(to)
+}
+
+/// Whether there is something that was not seen of a process.
+const fn has_gaps(process: &ProcessReport) -> bool {
+    process.untraced_children > 0
+        || process.unseen_vfork_children > 0
+        || process.sampled_out > 0
+        || process.main_thread_exited
 }
 
 /// What of a process may be missing.

@@ -274,6 +274,8 @@ impl Session {
         if let Err(error) = self.hook_loader(instance) {
             log::info!("PID {pid}: {error:#}");
         }
+        // What was mapped before the hook stood.
+        self.probe_late(instance);
     }
 
     /// A process that the kernel side records is not meant.

@@ -225,10 +225,10 @@ impl Session {
         &self.targets
     }
 
-    /// Whether any process was traced by now.
+    /// Whether any process is traced, or was.
     #[must_use]
-    pub const fn has_traced(&self) -> bool {
-        self.opened > 0
+    pub fn has_traced(&self) -> bool {
+        !self.targets.is_empty() || !self.past.is_empty()
     }
 
     /// Whether nothing is left to trace.

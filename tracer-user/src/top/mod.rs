@@ -290,7 +290,15 @@ impl Top {
     pub fn report(&mut self, rows: usize, depth: Depth) -> TopReport {
         let now_s = self.now_s();
         self.rows = rows;
-        let shown: Vec<u32> = self.ranking.iter().copied().take(rows).collect();
+        let mut shown: Vec<u32> = self.ranking.iter().copied().take(rows).collect();
+        // Who is selected stays so, however little room there is.
+        if let Some(selected) = self.selected
+            && self.ranking.contains(&selected)
+            && !shown.contains(&selected)
+        {
+            shown.truncate(rows.saturating_sub(1));
+            shown.push(selected);
+        }
         for pid in &shown {
             self.look_closer(*pid, now_s, depth);
         }
