@@ -112,6 +112,13 @@ impl Session {
             self.past.add(target.number, account);
             target.forget_code(&mut self.tracer);
         }
+        // If that fails, their numbers are given back at another time.
+        self.unwanted.extend(
+            ended
+                .keys()
+                .map(|instance| (*instance, now))
+                .filter(|(instance, _)| instances.contains(instance)),
+        );
         for site in self.tracer.recycle(&instances)? {
             // The next one with this id has another.
             self.stacks.remove(&site);

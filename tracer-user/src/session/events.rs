@@ -9,10 +9,13 @@ use tracer_common::event::{
 
 use super::Session;
 use crate::{
+    attachments::Attachments,
+    bpf::tracer::Tracer,
     discover::{
         labels::{Labels, namespace_pid},
         process::{Process, is_unfreed},
     },
+    files::AddressSpace,
     ranges::Step,
     report::Exit,
     stacks::Stack,
@@ -187,11 +190,7 @@ impl Session {
             // Not worth a word: it has nothing to be probed any more.
             Err(error) => log::debug!("PID {pid}: {error:#}"),
         }
-        // Probes that came later than it did have not seen its first calls.
-        let armed_at_ns = self.tracer.instance(instance).armed_at_ns;
-        if self.attachments.stood_at_ns(&target.space) > armed_at_ns {
-            target.from_start = false;
-        }
+        target.from_start &= saw_all(&self.tracer, &self.attachments, instance, &target.space);
     }
 
     /// A traced process forked.
@@ -220,8 +219,8 @@ impl Session {
         // It may be in another PID namespace than its parent.
         process.labels.namespace_pid = namespace_pid(header.tgid);
         let mut child = Target::forked(&mut self.tracer, parent, process, header.instance);
-        let armed_at_ns = self.tracer.instance(header.instance).armed_at_ns;
-        child.from_start = self.attachments.stood_at_ns(&child.space) <= armed_at_ns;
+        let (tracer, attachments) = (&self.tracer, &self.attachments);
+        child.from_start = saw_all(tracer, attachments, header.instance, &child.space);
         self.add(child);
     }
 
@@ -301,6 +300,17 @@ impl Session {
             check.compare(header.detail, &sampled);
         }
     }
+}
+
+/// Whether the probes that are for all processes stood when an instance was armed: later ones have not seen
+/// its first calls.
+fn saw_all(
+    tracer: &Tracer,
+    attachments: &Attachments,
+    instance: u32,
+    space: &AddressSpace,
+) -> bool {
+    attachments.stood_at_ns(space) <= tracer.instance(instance).armed_at_ns
 }
 
 fn header(record: &[u8]) -> Option<EventHeader> {

@@ -1,15 +1,19 @@
 //! The report for people.
 
+mod honesty;
+mod interim;
+
 use std::io::{self, Write};
 
-use tracer_common::missed::Missed;
+pub(super) use interim::write_interim;
 
+use self::honesty::write_honesty;
 use super::{
     Exit, FamilyReport, ProcessReport, ProgramReport, Report, SiteReport, Totals,
-    stack::{OWN, callers, write_frames},
+    stack::{OWN, write_frames},
     units::{bytes, count, counted, duration, form},
 };
-use crate::{stacks::StackQuality, terminal::harmless};
+use crate::terminal::harmless;
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -155,13 +159,13 @@ impl Subject<'_> {
             Self::Process(process) => {
                 process.totals.allocs == 0
                     && allocated_nothing(&process.families)
-                    && !has_gaps(process)
+                    && !has_remarks(process)
             }
             Self::Program(program) => {
                 let mut processes = report.everything().filter(|process| program.is_of(process));
                 program.totals.allocs == 0
                     && allocated_nothing(&program.families)
-                    && !processes.any(has_gaps)
+                    && !processes.any(has_remarks)
             }
         }
     }
@@ -333,12 +337,14 @@ fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<(
     writeln!(to)
 }
 
-/// Whether there is something that was not seen of a process.
-const fn has_gaps(process: &ProcessReport) -> bool {
-    process.untraced_children > 0
-        || process.unseen_vfork_children > 0
-        || process.sampled_out > 0
-        || process.main_thread_exited
+/// Whether calls of a process were not seen, or not recorded.
+const fn misses_calls(process: &ProcessReport) -> bool {
+    process.unseen_vfork_children > 0 || process.sampled_out > 0 || process.main_thread_exited
+}
+
+/// Whether there is something to remark of a process, see [`write_gaps`].
+const fn has_remarks(process: &ProcessReport) -> bool {
+    process.untraced_children > 0 || misses_calls(process)
 }
 
 /// What of a process may be missing.
@@ -608,191 +614,6 @@ fn write_site(
         )?;
     }
     writeln!(to)
-}
-
-/// What the figures do not contain.
-fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
-    let missed: Vec<_> = Missed::ALL
-        .iter()
-        .filter_map(|missed| {
-            let number = *report.missed_events.get(missed.name())?;
-            (number > 0).then_some((*missed, number))
-        })
-        .collect();
-    if report.untracked_frees > 0 {
-        let reasons = [
-            (true, "from before tracing began"),
-            (report.processes.len() > 1, "inherited at a fork"),
-            (recorded_sizes(report).is_some(), "left out by size"),
-            (!missed.is_empty(), "not recorded"),
-            (true, "given back by the cache of a thread that ended"),
-        ];
-        let reasons: Vec<_> = reasons
-            .into_iter()
-            .filter_map(|(may_be, reason)| may_be.then_some(reason))
-            .collect();
-        writeln!(
-            to,
-            "{} {} of {} not in these figures:\n{}.",
-            counted(report.untracked_frees, "free"),
-            form(report.untracked_frees, "was", "were"),
-            form(report.untracked_frees, "a block that is", "blocks that are"),
-            reasons.join(", or ")
-        )?;
-    }
-    let has_gap = |process: &ProcessReport| {
-        process.unseen_vfork_children > 0 || process.main_thread_exited || process.sampled_out > 0
-    };
-    if !missed.is_empty() {
-        writeln!(to, "Not everything was seen:")?;
-        for (missed, number) in missed {
-            writeln!(to, "  {} {}", count(number), missed.effect())?;
-        }
-    } else if report.everything().any(has_gap) {
-        writeln!(
-            to,
-            "But for what is marked with ! above, every call was seen."
-        )?;
-    } else {
-        writeln!(to, "Every call was seen: the figures are exact.")?;
-    }
-    write_stack_quality(report, to)?;
-    if report
-        .everything()
-        .any(|process| process.totals.live_blocks > 0)
-    {
-        writeln!(
-            to,
-            "Not freed does not mean leaked: caches and data in use are not freed either. Suspect a \
-             site whose\nbytes keep growing from one report to the next, and whose oldest block is \
-             about as old as the session."
-        )?;
-    }
-    Ok(())
-}
-
-/// How far up the stacks go.
-fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
-    let mut all = StackQuality::default();
-    for process in report.everything() {
-        all.join(&process.stacks);
-    }
-    let Some(share) = all.complete_share() else {
-        return Ok(());
-    };
-    if all.incomplete.is_empty() && all.sampled == 0 {
-        writeln!(to, "Every stack goes up to its thread's start.")?;
-    } else {
-        let sampled = (all.sampled > 0).then(|| {
-            format!(
-                "{} whose outer frames are those of one such call",
-                count(all.sampled)
-            )
-        });
-        let incomplete = all
-            .incomplete
-            .iter()
-            .map(|(reason, allocs)| format!("{} {}", count(*allocs), reason.description()));
-        let reasons: Vec<_> = sampled.into_iter().chain(incomplete).collect();
-        // Never rounded up to all of them.
-        let percent = (share * 10_000.0).floor() / 100.0;
-        writeln!(
-            to,
-            "{percent:.2} % of the allocations have a stack that is known up to its thread's start. \
-             The others:\n{}.",
-            reasons.join(", ")
-        )?;
-    }
-    if report.unwind.files_without_room > 0 {
-        writeln!(
-            to,
-            "The unwind tables of {} found no room (raise --unwind-memory): stacks through their \
-             code may end early.",
-            counted(report.unwind.files_without_room, "file")
-        )?;
-    }
-    Ok(())
-}
-
-/// One line a site of what the user had counted beside the heap.
-fn write_interim_family(
-    process: &ProcessReport,
-    family: &FamilyReport,
-    limit: usize,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let name = harmless(&family.name);
-    writeln!(
-        to,
-        "  {name}: {} not given back",
-        count(family.totals.live_blocks)
-    )?;
-    let mut holding: Vec<_> = process
-        .sites
-        .iter()
-        .filter(|site| site.live_blocks > 0 && site.family.as_ref() == Some(&family.name))
-        .collect();
-    holding.sort_by_key(|site| std::cmp::Reverse(site.live_blocks));
-    for site in holding.iter().take(limit) {
-        writeln!(
-            to,
-            "{:>12} {:>9} of {:>9} taken   {}",
-            "",
-            count(site.live_blocks),
-            count(site.allocs),
-            callers(&site.stack)
-        )?;
-    }
-    Ok(())
-}
-
-/// One line a site, for a session that goes on.
-pub(super) fn write_interim(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
-    /// Processes that each get a table.
-    const FEW: usize = 5;
-    let running = |process: &&ProcessReport| process.is_running();
-    if report.processes.iter().filter(running).count() > FEW {
-        write_overview(report, &subjects(report), to)?;
-        return to.flush();
-    }
-    for process in report.processes.iter().filter(running) {
-        let totals = &process.totals;
-        writeln!(
-            to,
-            "PID {} {}: after {}, {} in {} not freed",
-            process.pid,
-            harmless(&process.comm),
-            duration(process.duration_s),
-            bytes(totals.live_bytes),
-            counted(totals.live_blocks, "block"),
-        )?;
-        if let Some(older_ms) = report.filters.older_ms {
-            let of_heap = process.sites.iter().filter(|site| site.family.is_none());
-            let old: u64 = of_heap.map(|site| site.live_bytes).sum();
-            let age = duration(older_ms as f64 / 1e3);
-            writeln!(to, "  of these, {} at least {age} old:", bytes(old))?;
-        }
-        for site in process
-            .sites
-            .iter()
-            .filter(|site| site.live_blocks > 0 && site.family.is_none())
-            .take(limit)
-        {
-            writeln!(
-                to,
-                "{:>12} {:>9} of {:>9} blocks  {}",
-                bytes(site.live_bytes),
-                count(site.live_blocks),
-                count(site.allocs),
-                callers(&site.stack)
-            )?;
-        }
-        for family in process.families.iter().filter(|f| f.totals.allocs > 0) {
-            write_interim_family(process, family, limit, to)?;
-        }
-        writeln!(to)?;
-    }
-    to.flush()
 }
 
 #[cfg(test)]

@@ -1,0 +1,115 @@
+//! What the figures of a report do not contain.
+
+use std::io::{self, Write};
+
+use tracer_common::missed::Missed;
+
+use super::{
+    super::{
+        Report,
+        units::{count, counted, form},
+    },
+    misses_calls, recorded_sizes,
+};
+use crate::stacks::StackQuality;
+
+/// What the figures do not contain.
+pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let missed: Vec<_> = Missed::ALL
+        .iter()
+        .filter_map(|missed| {
+            let number = *report.missed_events.get(missed.name())?;
+            (number > 0).then_some((*missed, number))
+        })
+        .collect();
+    if report.untracked_frees > 0 {
+        let reasons = [
+            (true, "from before tracing began"),
+            (report.processes.len() > 1, "inherited at a fork"),
+            (recorded_sizes(report).is_some(), "left out by size"),
+            (!missed.is_empty(), "not recorded"),
+            (true, "given back by the cache of a thread that ended"),
+        ];
+        let reasons: Vec<_> = reasons
+            .into_iter()
+            .filter_map(|(may_be, reason)| may_be.then_some(reason))
+            .collect();
+        writeln!(
+            to,
+            "{} {} of {} not in these figures:\n{}.",
+            counted(report.untracked_frees, "free"),
+            form(report.untracked_frees, "was", "were"),
+            form(report.untracked_frees, "a block that is", "blocks that are"),
+            reasons.join(", or ")
+        )?;
+    }
+    if !missed.is_empty() {
+        writeln!(to, "Not everything was seen:")?;
+        for (missed, number) in missed {
+            writeln!(to, "  {} {}", count(number), missed.effect())?;
+        }
+    } else if report.everything().any(misses_calls) {
+        writeln!(
+            to,
+            "But for what is marked with ! above, every call was seen."
+        )?;
+    } else {
+        writeln!(to, "Every call was seen: the figures are exact.")?;
+    }
+    write_stack_quality(report, to)?;
+    if report
+        .everything()
+        .any(|process| process.totals.live_blocks > 0)
+    {
+        writeln!(
+            to,
+            "Not freed does not mean leaked: caches and data in use are not freed either. Suspect a \
+             site whose\nbytes keep growing from one report to the next, and whose oldest block is \
+             about as old as the session."
+        )?;
+    }
+    Ok(())
+}
+
+/// How far up the stacks go.
+fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let mut all = StackQuality::default();
+    for process in report.everything() {
+        all.join(&process.stacks);
+    }
+    let Some(share) = all.complete_share() else {
+        return Ok(());
+    };
+    if all.incomplete.is_empty() && all.sampled == 0 {
+        writeln!(to, "Every stack goes up to its thread's start.")?;
+    } else {
+        let sampled = (all.sampled > 0).then(|| {
+            format!(
+                "{} whose outer frames are those of one such call",
+                count(all.sampled)
+            )
+        });
+        let incomplete = all
+            .incomplete
+            .iter()
+            .map(|(reason, allocs)| format!("{} {}", count(*allocs), reason.description()));
+        let reasons: Vec<_> = sampled.into_iter().chain(incomplete).collect();
+        // Never rounded up to all of them.
+        let percent = (share * 10_000.0).floor() / 100.0;
+        writeln!(
+            to,
+            "{percent:.2} % of the allocations have a stack that is known up to its thread's start. \
+             The others:\n{}.",
+            reasons.join(", ")
+        )?;
+    }
+    if report.unwind.files_without_room > 0 {
+        writeln!(
+            to,
+            "The unwind tables of {} found no room (raise --unwind-memory): stacks through their \
+             code may end early.",
+            counted(report.unwind.files_without_room, "file")
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,98 @@
+//! A table of what is held now, for a session that goes on.
+
+use std::io::{self, Write};
+
+use super::{
+    super::{
+        FamilyReport, ProcessReport, Report,
+        stack::callers,
+        units::{bytes, count, counted, duration},
+    },
+    subjects, write_overview,
+};
+use crate::terminal::harmless;
+
+/// One line a site of what the user had counted beside the heap.
+fn write_interim_family(
+    process: &ProcessReport,
+    family: &FamilyReport,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    let name = harmless(&family.name);
+    writeln!(
+        to,
+        "  {name}: {} not given back",
+        count(family.totals.live_blocks)
+    )?;
+    let mut holding: Vec<_> = process
+        .sites
+        .iter()
+        .filter(|site| site.live_blocks > 0 && site.family.as_ref() == Some(&family.name))
+        .collect();
+    holding.sort_by_key(|site| std::cmp::Reverse(site.live_blocks));
+    for site in holding.iter().take(limit) {
+        writeln!(
+            to,
+            "{:>12} {:>9} of {:>9} taken   {}",
+            "",
+            count(site.live_blocks),
+            count(site.allocs),
+            callers(&site.stack)
+        )?;
+    }
+    Ok(())
+}
+
+/// One line a site, for a session that goes on.
+pub(in crate::report) fn write_interim(
+    report: &Report,
+    limit: usize,
+    to: &mut dyn Write,
+) -> io::Result<()> {
+    /// Processes that each get a table.
+    const FEW: usize = 5;
+    let running = |process: &&ProcessReport| process.is_running();
+    if report.processes.iter().filter(running).count() > FEW {
+        write_overview(report, &subjects(report), to)?;
+        return to.flush();
+    }
+    for process in report.processes.iter().filter(running) {
+        let totals = &process.totals;
+        writeln!(
+            to,
+            "PID {} {}: after {}, {} in {} not freed",
+            process.pid,
+            harmless(&process.comm),
+            duration(process.duration_s),
+            bytes(totals.live_bytes),
+            counted(totals.live_blocks, "block"),
+        )?;
+        if let Some(older_ms) = report.filters.older_ms {
+            let of_heap = process.sites.iter().filter(|site| site.family.is_none());
+            let old: u64 = of_heap.map(|site| site.live_bytes).sum();
+            let age = duration(older_ms as f64 / 1e3);
+            writeln!(to, "  of these, {} at least {age} old:", bytes(old))?;
+        }
+        for site in process
+            .sites
+            .iter()
+            .filter(|site| site.live_blocks > 0 && site.family.is_none())
+            .take(limit)
+        {
+            writeln!(
+                to,
+                "{:>12} {:>9} of {:>9} blocks  {}",
+                bytes(site.live_bytes),
+                count(site.live_blocks),
+                count(site.allocs),
+                callers(&site.stack)
+            )?;
+        }
+        for family in process.families.iter().filter(|f| f.totals.allocs > 0) {
+            write_interim_family(process, family, limit, to)?;
+        }
+        writeln!(to)?;
+    }
+    to.flush()
+}
