@@ -78,6 +78,10 @@ pub struct Config {
     pub return_instance_next: u32,
     /// `mm_struct.brk`: the end of the heap segment.
     pub mm_brk: u32,
+    /// Buckets of the ledger, a power of two.
+    pub ledger_buckets: u32,
+    /// Makes the next field aligned.
+    pub padding: u32,
     /// Whose programs become instances when they are executed.
     pub starts: Starts,
 }
@@ -117,5 +121,5 @@ impl Starts {
 }
 
 const _: () = assert!(size_of::<Starts>() == 32);
-const _: () = assert!(size_of::<Config>() == 128);
+const _: () = assert!(size_of::<Config>() == 136);
 pod!(Config);

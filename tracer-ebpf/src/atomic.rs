@@ -111,3 +111,29 @@ pub(crate) unsafe fn swap_u32(field: *mut u32, value: u32) -> u32 {
         AtomicU32::from_ptr(field).swap(value, Ordering::Relaxed)
     }
 }
+
+/// Stores a value if another is there; gives what was there.
+///
+/// # Safety
+///
+/// As for [`add_u64`].
+#[inline(always)]
+pub(crate) unsafe fn compare_swap_u64(field: *mut u64, expected: u64, value: u64) -> u64 {
+    #[cfg(target_arch = "bpf")]
+    // SAFETY: as the caller promises.
+    unsafe {
+        use core::intrinsics::{AtomicOrdering, atomic_cxchg};
+        atomic_cxchg::<u64, { AtomicOrdering::SeqCst }, { AtomicOrdering::SeqCst }>(
+            field, expected, value,
+        )
+        .0
+    }
+    #[cfg(not(target_arch = "bpf"))]
+    // SAFETY: as the caller promises.
+    unsafe {
+        use core::sync::atomic::{AtomicU64, Ordering};
+        AtomicU64::from_ptr(field)
+            .compare_exchange(expected, value, Ordering::SeqCst, Ordering::SeqCst)
+            .unwrap_or_else(|found| found)
+    }
+}

@@ -21,15 +21,13 @@ use tracer_common::{
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    maps::{CONFIG, EVENTS, FREE_SITES, LEDGER, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES},
+    blocks::{self, Inserted, NO_BLOCK},
+    maps::{CONFIG, EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES},
     missed,
     stack::{self, Stack},
 };
 
-const ENOENT: i32 = -2;
 const EEXIST: i32 = -17;
-const E2BIG: i32 = -7;
-const ENOMEM: i32 = -12;
 
 /// A value that the compiler knows nothing about, so that it keeps a bounds check after it, which
 /// the verifier needs.
@@ -39,33 +37,18 @@ fn opaque(value: usize) -> usize {
     unsafe { (&raw const value).read_volatile() }
 }
 
-/// Takes a block out of the ledger, if it is there. The counters stay as they are: a failed
-/// `realloc` puts the block back.
+/// Takes a block out of the ledger, if it is there. Gives whether it was. The counters stay as they are: a
+/// failed `realloc` puts the block back.
 #[inline(always)]
-pub(crate) fn take(scope: Scope, address: u64) -> Option<Block> {
-    let key = BlockKey { address, scope };
-    // SAFETY: copied before the element can be reused; that it was this block is what the removal
-    // says, as an address has one owner at a time.
-    let block = unsafe { *LEDGER.get_ptr(key)? };
-    match LEDGER.remove(key) {
-        Ok(()) => Some(block),
-        Err(ENOENT) => None,
-        Err(_) => {
-            missed::count(Missed::MapErrors);
-            None
-        }
-    }
+pub(crate) fn take(scope: Scope, address: u64, block: &mut Block) -> bool {
+    blocks::take(&BlockKey { address, scope }, block)
 }
 
 /// Puts a block back that [`take`] gave.
 #[inline(always)]
 pub(crate) fn put_back(scope: Scope, address: u64, block: &Block) {
-    if LEDGER
-        .insert(BlockKey { address, scope }, block, u64::from(BPF_NOEXIST))
-        .is_err()
-    {
-        missed::count(Missed::MapErrors);
-    }
+    // If there is no room, that is counted.
+    blocks::insert(&BlockKey { address, scope }, block, &mut { NO_BLOCK });
 }
 
 /// Books the end of a block that [`take`] gave.
@@ -167,17 +150,11 @@ pub(crate) fn record(
         weight,
     };
     let key = BlockKey { address, scope };
-    match LEDGER.insert(key, block, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {}
-        Err(EEXIST) => replace(state, site, key, &block),
-        Err(E2BIG | ENOMEM) => {
-            missed::count(Missed::LedgerFull);
-            return;
-        }
-        Err(_) => {
-            missed::count(Missed::MapErrors);
-            return;
-        }
+    let mut before = NO_BLOCK;
+    match blocks::insert(&key, &block, &mut before) {
+        Inserted::New => {}
+        Inserted::Replaced => replace(state, site, site_id, &before),
+        Inserted::Not => return,
     }
     // SAFETY: field addresses of a live map element.
     unsafe {
@@ -193,39 +170,37 @@ pub(crate) fn record(
     }
 }
 
-/// The lie detector: the allocator handed out an address that the ledger believes to be live, so a
-/// free was not seen. The old block is booked as freed, without a lifetime, and both sites are
+/// The lie detector: the allocator handed out an address that the ledger believed to be live, so a
+/// free was not seen. The block before is booked as freed, without a lifetime, and both sites are
 /// marked.
 #[inline(always)]
-fn replace(state: &Instance, site: *mut Site, key: BlockKey, block: &Block) {
+fn replace(state: &Instance, site: *mut Site, site_id: u32, before: &Block) {
     missed::count(Missed::MissedFrees);
     // SAFETY: field address of a live map element.
     unsafe { add_u64(&raw mut (*site).missed_frees, 1) };
-    if let Some(old) = LEDGER.get_ptr(key) {
-        // SAFETY: copied at once; see `take`.
-        let old = unsafe { *old };
-        if let Some(old_site) = SITES.get_ptr_mut(old.site) {
-            // SAFETY: live map element.
-            unsafe {
-                if old.site != block.site {
-                    add_u64(&raw mut (*old_site).missed_frees, 1);
-                }
-                end_of_life(state, old_site, &old);
+    if let Some(site_before) = SITES.get_ptr_mut(before.site) {
+        // SAFETY: live map element.
+        unsafe {
+            if before.site != site_id {
+                add_u64(&raw mut (*site_before).missed_frees, 1);
             }
+            end_of_life(state, site_before, before);
         }
-    }
-    if LEDGER.insert(key, block, 0).is_err() {
-        missed::count(Missed::MapErrors);
     }
 }
 
 /// Id of the site that the thread is at.
 #[inline(always)]
 pub(crate) fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u32 {
-    let Some(stack) = Stack::capture(regs, state) else {
+    let Some(stack) = Stack::begin(regs, state) else {
         missed::count(Missed::ScratchBusy);
         return overflow_site(state, scope);
     };
+    if let Some(id) = stack.recall(scope, state) {
+        stack.release();
+        return id;
+    }
+    stack.walk(state);
     let instance = instance_of(scope);
     stack.report_unknown_code(state, instance);
     let key = SiteKey {
@@ -239,7 +214,9 @@ pub(crate) fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u
     };
     let id = match id {
         Some(id) => {
-            hand_over(&stack, regs, state, instance, id);
+            if hand_over(&stack, regs, state, instance, id) {
+                stack.remember(scope, state, id);
+            }
             id
         }
         None => {
@@ -270,29 +247,38 @@ fn overflow_site(state: &Instance, scope: Scope) -> u32 {
 }
 
 /// Sees to it that the user side has the stack of a site. If two processors send it, the user side
-/// takes the first.
+/// takes the first. Gives whether it has.
 #[inline(always)]
-fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u32, id: u32) {
+fn hand_over(
+    stack: &Stack,
+    regs: *const pt_regs,
+    state: &Instance,
+    instance: u32,
+    id: u32,
+) -> bool {
     const ALL: u32 = FRAMES_SENT | COPY_SENT;
     let Some(site) = SITES.get_ptr_mut(id) else {
-        return;
+        return false;
     };
     // SAFETY: field of a live map element.
     let sent = unsafe { &mut (*site).stack_sent };
+    if *sent & ALL == ALL {
+        return true;
+    }
     let is_doubtful = stack.is_doubtful();
-    if *sent & ALL == ALL || (is_doubtful && *sent & DOUBTFUL_SENT != 0) {
-        return;
+    if is_doubtful && *sent & DOUBTFUL_SENT != 0 {
+        return false;
     }
     if *sent & FRAMES_SENT == 0 {
         if !send(stack, instance, id) {
             missed::count(Missed::StacksDelayed);
-            return;
+            return false;
         }
         if is_doubtful {
             // Not the last word.
             *sent |= DOUBTFUL_SENT;
             stack::copy(regs, header(EventKind::StackCopy, instance, id));
-            return;
+            return false;
         }
         *sent |= FRAMES_SENT;
     }
@@ -301,6 +287,7 @@ fn hand_over(stack: &Stack, regs: *const pt_regs, state: &Instance, instance: u3
     {
         *sent |= COPY_SENT;
     }
+    *sent & ALL == ALL
 }
 
 #[inline(always)]

@@ -1,9 +1,12 @@
 //! Opening and closing process instances: fork, exec, exit, and holding a child of `unfreed run`.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     helpers::generated::{
         bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm,
-        bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_send_signal,
+        bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_ktime_get_ns, bpf_loop,
+        bpf_send_signal,
     },
     macros::{raw_tracepoint, uprobe},
     programs::{ProbeContext, RawTracePointContext},
@@ -18,9 +21,9 @@ use tracer_common::{
 use crate::{
     atomic::{add_u32, and_u32},
     kernel, ledger,
-    maps::{CONFIG, EVENTS, FREE_INSTANCES, INSTANCES, PENDING, PROCESSES},
+    maps::{CONFIG, EVENTS, FREE_INSTANCES, INSTANCES, PROCESSES},
     missed,
-    pending::thread_key,
+    thread::{self, ThreadKey},
 };
 
 const CLONE_VM: u64 = 0x100;
@@ -192,24 +195,24 @@ fn start(tgid: u32, is_followed: bool) -> Option<()> {
 
 /// The thread ends or its memory goes: calls it was in will not return.
 #[inline(always)]
-fn drop_pending(pid_tgid: u64) {
-    for family in 0..=CONFIG.load().families {
-        drop_pending_of(thread_key(pid_tgid, family as Family));
+fn drop_pending(mut pid_tgid: u64) {
+    // A loop of the kernel's, so that the verifier follows one family only.
+    // SAFETY: the callback has the signature that the helper wants and the context outlives it.
+    unsafe {
+        bpf_loop(
+            CONFIG.load().families + 1,
+            drop_pending_of as *const () as *mut c_void,
+            (&raw mut pid_tgid).cast::<c_void>(),
+            0,
+        );
     }
 }
 
-#[inline(always)]
-fn drop_pending_of(thread_key: u64) {
-    let Some(pending) = PENDING.get_ptr_mut(thread_key) else {
-        return;
-    };
-    // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending };
-    if pending.return_slot != 0 {
-        missed::count(Missed::AbandonedCalls);
-        pending.abandon();
-    }
-    let _ = PENDING.remove(thread_key);
+extern "C" fn drop_pending_of(family: u32, pid_tgid: *mut u64) -> i64 {
+    // SAFETY: what `drop_pending` gave.
+    let pid_tgid = unsafe { *pid_tgid };
+    thread::forget(ThreadKey::new(pid_tgid, family as Family));
+    0
 }
 
 /// A new task: a thread, a child with memory of its own, or one that borrows its parent's.

@@ -2,8 +2,8 @@
 //!
 //! One allocation, followed: [`probes`] reads the arguments (`alloc_enter`) and the result
 //! (`alloc_exit`) of an allocator call as its attach cookie says, [`pending`] carries what is
-//! known in between, [`last_freed`] what frees inside frees are known by, [`stack`] finds out who called by the tables that [`unwind`] reads, [`ledger`]
-//! keeps the books. [`ranges`] tells of mappings. [`lifecycle`]
+//! known in between, in what [`thread`] keeps of each thread, [`stack`] finds out who called by the
+//! tables that [`unwind`] reads, [`ledger`] keeps the books of the blocks in [`blocks`]. [`ranges`] tells of mappings. [`lifecycle`]
 //! opens and closes process instances, and [`missed`] counts what could not be seen.
 
 #![no_std]
@@ -18,9 +18,9 @@
 )]
 
 mod atomic;
+mod blocks;
 mod call;
 mod kernel;
-mod last_freed;
 mod ledger;
 mod lifecycle;
 mod maps;
@@ -31,6 +31,8 @@ mod probes;
 mod ranges;
 mod registers;
 mod stack;
+mod thread;
+mod trail;
 mod unwind;
 
 #[cfg(not(test))]

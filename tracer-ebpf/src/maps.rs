@@ -11,16 +11,16 @@ use tracer_common::{
     config::{Config, Starts},
     event::StackEvent,
     instance::{Instance, MAX_INSTANCES, Membership},
-    ledger::{Block, BlockKey},
+    ledger::{Block, BlockKey, Bucket},
     missed::MISSED_COUNTERS,
     site::{Site, SiteKey},
     unwind::{CHUNK_WORDS, Segment},
 };
 
 use crate::{
-    last_freed::{self, LastFreed},
-    pending::Pending,
     stack::Walk,
+    thread::{self, Thread},
+    trail::{self, Trail},
 };
 
 /// Constants of the session.
@@ -48,6 +48,8 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_address: 0,
     return_instance_next: 0,
     mm_brk: 0,
+    ledger_buckets: 0,
+    padding: 0,
     starts: Starts::NONE,
 });
 
@@ -65,9 +67,14 @@ pub(crate) static INSTANCES: Array<Instance> =
 #[map]
 pub(crate) static FREE_INSTANCES: Queue<u32> = Queue::with_max_entries(MAX_INSTANCES, 0);
 
-/// Live blocks. Preallocated: an insert costs 0.3 µs less, and cannot fail for want of memory.
+/// Live blocks, the younger ones, see [`tracer_common::ledger`].
 #[map]
-pub(crate) static LEDGER: HashMap<BlockKey, Block> = HashMap::with_max_entries(1 << 20, 0);
+pub(crate) static BUCKETS: Array<Bucket> = Array::with_max_entries(1 << 15, BPF_F_MMAPABLE);
+
+/// Live blocks, those that found no room in their bucket. As large as it has to be.
+#[map]
+pub(crate) static OLD_BLOCKS: HashMap<BlockKey, Block> =
+    HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
 
 /// Stack → site id.
 #[map]
@@ -90,15 +97,9 @@ pub(crate) static FREE_SITES: Queue<u32> = Queue::with_max_entries(1 << 14, 0);
 #[map]
 pub(crate) static RESERVED_SITES: Queue<u32> = Queue::with_max_entries(1 << 10, 0);
 
-/// Thread and family ([`crate::pending::thread_key`]) → the call that the thread is in. An entry stays
-/// until the thread ends, so that the steady state needs look-ups only.
+/// What is kept of threads, see [`crate::thread`].
 #[map]
-pub(crate) static PENDING: HashMap<u64, Pending> =
-    HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
-
-/// What threads freed last, see [`crate::last_freed`].
-#[map]
-pub(crate) static LAST_FREED: Array<LastFreed> = Array::with_max_entries(last_freed::SLOTS, 0);
+pub(crate) static THREADS: Array<Thread> = Array::with_max_entries(thread::SLOTS, 0);
 
 /// Unwind tables, see [`tracer_common::unwind`].
 #[map]
@@ -130,6 +131,10 @@ pub(crate) static NO_PROGRAMS: ProgramArray = ProgramArray::with_max_entries(1, 
 #[map]
 pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(SCRATCH_SLOTS, 0);
 
+/// Trails of walks, see [`crate::trail`].
+#[map]
+pub(crate) static TRAILS: PerCpuArray<Trail> = PerCpuArray::with_max_entries(trail::KEPT, 0);
+
 /// Walks that can be under way on one processor. Under a hypervisor that has little time for it, a
 /// preemptible kernel had eight threads in the middle of one.
 pub(crate) const SCRATCH_SLOTS: u32 = 16;
@@ -147,6 +152,6 @@ pub(crate) struct Scratch {
     pub(crate) window: [u64; WINDOW_WORDS],
 }
 
-/// Words of a stack that are read at once: a page, as one read of a page costs little more than one
-/// of a word.
-pub(crate) const WINDOW_WORDS: usize = 512;
+/// Words of a stack that can be read at once: two pages. A walk reads up to the end of a page, as one
+/// read of that costs little more than one of a word.
+pub(crate) const WINDOW_WORDS: usize = 1024;

@@ -13,8 +13,9 @@ use aya_ebpf::{
 
 use crate::{
     maps::INSTANCES,
-    probes::{armed_instance, pid_tgid, refuse_private_stack},
+    probes::{pid_tgid, refuse_private_stack},
     stack::{self, Stack},
+    thread::armed_instance,
 };
 
 /// At an entry.
@@ -39,10 +40,13 @@ pub(crate) fn walk_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn walk(ctx: &RetProbeContext) -> Option<()> {
-    let (instance, _) = armed_instance(pid_tgid())?;
+    let (instance, _) = armed_instance((pid_tgid() >> 32) as u32)?;
     let state = INSTANCES.get_ptr(instance)?;
     // SAFETY: a live map element.
-    Stack::capture(ctx.regs, unsafe { &*state })?.release();
+    let state = unsafe { &*state };
+    let stack = Stack::begin(ctx.regs, state)?;
+    stack.walk(state);
+    stack.release();
     Some(())
 }
 
@@ -55,8 +59,8 @@ pub(crate) fn kernel_walk_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn kernel_walk(ctx: &RetProbeContext) -> Option<()> {
-    armed_instance(pid_tgid())?;
-    let scratch = stack::claim()?;
+    armed_instance((pid_tgid() >> 32) as u32)?;
+    let (scratch, _) = stack::claim()?;
     // SAFETY: claimed above, and the length is that of the buffer.
     unsafe {
         let frames = &raw mut (*scratch).event.frames;

@@ -1,18 +1,13 @@
 //! The allocator call that a thread is in, from its entry to its return.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
 use tracer_common::{
-    alloc_spec::{Cookie, Family},
+    alloc_spec::Cookie,
     instance::Instance,
     ledger::{Block, Scope, scope},
     missed::Missed,
 };
 
-use crate::{
-    kernel, ledger,
-    maps::{INSTANCES, PENDING},
-    missed,
-};
+use crate::{kernel, ledger, maps::INSTANCES, missed};
 
 /// What is known at a call's entry and needed at its return.
 #[repr(C)]
@@ -74,50 +69,12 @@ impl Pending {
     }
 }
 
-/// A thread's key in [`PENDING`] for the calls of a family: a call of one does not hide those of
-/// another. Process numbers have 22 bits at most, so that the upper ones are free.
-#[inline(always)]
-pub(crate) fn thread_key(pid_tgid: u64, family: Family) -> u64 {
-    pid_tgid | u64::from(family) << 56
-}
-
 /// A nested call lies at most this far below the call that it is nested in.
 ///
 /// A coroutine's stack cannot be told from the thread's by its address, and an abandoned call's
 /// return slot on a stack that was left can stay as it was. Allocators call each other within a
 /// few kilobytes of stack; coroutine stacks are larger than this.
 pub(crate) const MAX_NESTING_BYTES: u64 = 32 << 10;
-
-/// The current thread's entry for a family, made at its first call.
-#[inline(always)]
-pub(crate) fn of_thread(thread_key: u64) -> Option<*mut Pending> {
-    if let Some(pending) = PENDING.get_ptr_mut(thread_key) {
-        return Some(pending);
-    }
-    let idle = Pending {
-        return_slot: 0,
-        cookie: 0,
-        size_bytes: 0,
-        out_pointer: 0,
-        old_address: 0,
-        old: Block {
-            size_bytes: 0,
-            birth_ns: 0,
-            site: 0,
-            weight: 0,
-        },
-        old_taken: 0,
-        instance: 0,
-        jumped: 0,
-        generation: 0,
-    };
-    let _ = PENDING.insert(thread_key, idle, u64::from(BPF_NOEXIST));
-    let pending = PENDING.get_ptr_mut(thread_key);
-    if pending.is_none() {
-        missed::count(Missed::PendingFull);
-    }
-    pending
-}
 
 /// Whether a call entered with this stack pointer happens inside the pending call.
 ///

@@ -17,24 +17,14 @@ use tracer_common::{
 
 use crate::{
     atomic::add_u64,
-    kernel, last_freed, ledger,
-    maps::{CONFIG, INSTANCES, NO_PROGRAMS, PENDING, PROCESSES},
+    blocks::NO_BLOCK,
+    kernel, ledger,
+    maps::{CONFIG, NO_PROGRAMS},
     missed,
-    pending::{self, Pending, thread_key},
+    pending::{self, Pending},
     registers::Registers,
+    thread::{self, ThreadKey},
 };
-
-/// The current process's instance, if it records.
-#[inline(always)]
-pub(crate) fn armed_instance(pid_tgid: u64) -> Option<(u32, *mut Instance)> {
-    let membership = PROCESSES.get_ptr((pid_tgid >> 32) as u32)?;
-    // SAFETY: a live map element.
-    let (instance, generation) = unsafe { ((*membership).instance, (*membership).generation) };
-    let state = INSTANCES.get_ptr_mut(instance)?;
-    // SAFETY: a live map element.
-    let (flags, now) = unsafe { ((*state).flags, (*state).generation) };
-    (flags & ARMED != 0 && generation == now).then_some((instance, state))
-}
 
 #[inline(always)]
 pub(crate) fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
@@ -76,15 +66,12 @@ pub(crate) fn alloc_enter(ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn enter(ctx: &ProbeContext) -> Option<()> {
-    let pid_tgid = pid_tgid();
-    let (instance, state) = armed_instance(pid_tgid)?;
+    let cookie = cookie(ctx.as_ptr());
+    let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
+    let pending = &mut thread.pending;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
-    let cookie = cookie(ctx.as_ptr());
-    let thread_key = thread_key(pid_tgid, cookie.family());
-    // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending::of_thread(thread_key)? };
     if pending.return_slot != 0 {
         if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
             return None;
@@ -111,9 +98,8 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     pending.old_taken = 0;
     // The address may be handed out again the moment that the allocator has it.
     if pending.old_address != 0
-        && let Some(block) = ledger::take(pending.scope(), pending.old_address)
+        && ledger::take(pending.scope(), pending.old_address, &mut pending.old)
     {
-        pending.old = block;
         pending.old_taken = 1;
     }
     pending.jumped = 0;
@@ -152,10 +138,8 @@ pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn exit(ctx: &RetProbeContext) -> Option<()> {
-    let thread_key = thread_key(pid_tgid(), cookie(ctx.as_ptr()).family());
-    let pending = PENDING.get_ptr_mut(thread_key)?;
-    // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending };
+    let thread = thread::find(ThreadKey::new(pid_tgid(), cookie(ctx.as_ptr()).family()))?;
+    let pending = &mut thread.pending;
     if pending.return_slot == 0 {
         return None;
     }
@@ -218,7 +202,7 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
             || pending.size_bytes > config.max_size_bytes)
     {
         // Its free is one of a block that is not in the books.
-        last_freed::remember(thread_key, 0);
+        thread.last_freed = 0;
         return None;
     }
     ledger::record(regs, state, scope, address, pending.size_bytes);
@@ -263,43 +247,40 @@ pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
 
 #[inline(always)]
 fn free(ctx: &ProbeContext) -> Option<()> {
-    let pid_tgid = pid_tgid();
-    let (instance, state) = armed_instance(pid_tgid)?;
     let cookie = cookie(ctx.as_ptr());
+    let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
     let address = Registers::of(ctx.regs).get(cookie.pointer());
     if address == 0 {
         return None;
     }
     let scope = scope(instance, cookie.family());
-    let thread_key = thread_key(pid_tgid, cookie.family());
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    if let Some(block) = ledger::take(scope, address) {
-        last_freed::remember(thread_key, address);
+    let mut block = NO_BLOCK;
+    if ledger::take(scope, address, &mut block) {
+        thread.last_freed = address;
         ledger::count_free(state, &block);
         return Some(());
     }
-    if let Some(pending) = PENDING.get_ptr_mut(thread_key) {
-        // SAFETY: a live map element that only this thread uses, and the program's own context.
-        let (pending, stack_pointer) = unsafe { (&mut *pending, (*ctx.regs).rsp) };
-        if pending.return_slot != 0 {
-            if pending::is_nested(pending, stack_pointer) {
-                // The allocator's own business: `realloc` frees the old block, which was taken out
-                // at its entry.
-                return None;
-            }
-            // An abandoned `realloc` may have taken this very block.
-            missed::count(Missed::AbandonedCalls);
-            pending.abandon();
-            if let Some(block) = ledger::take(scope, address) {
-                last_freed::remember(thread_key, address);
-                ledger::count_free(state, &block);
-                return Some(());
-            }
+    let pending = &mut thread.pending;
+    if pending.return_slot != 0 {
+        // SAFETY: the program's own context.
+        if pending::is_nested(pending, unsafe { (*ctx.regs).rsp }) {
+            // The allocator's own business: `realloc` frees the old block, which was taken out
+            // at its entry.
+            return None;
+        }
+        // An abandoned `realloc` may have taken this very block.
+        missed::count(Missed::AbandonedCalls);
+        pending.abandon();
+        if ledger::take(scope, address, &mut block) {
+            thread.last_freed = address;
+            ledger::count_free(state, &block);
+            return Some(());
         }
     }
-    if !last_freed::is(thread_key, address) {
-        last_freed::remember(thread_key, address);
+    if thread.last_freed != address {
+        thread.last_freed = address;
         untracked_free(state);
     }
     Some(())
@@ -311,10 +292,9 @@ fn free(ctx: &ProbeContext) -> Option<()> {
 pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
     let pid_tgid = pid_tgid();
     for family in 0..=CONFIG.load().families {
-        if let Some(pending) = PENDING.get_ptr_mut(thread_key(pid_tgid, family as Family)) {
-            // SAFETY: a live map element that only this thread uses. Without a pending call the mark
-            // has no meaning.
-            unsafe { (*pending).jumped = 1 };
+        if let Some(thread) = thread::find(ThreadKey::new(pid_tgid, family as Family)) {
+            // Without a pending call the mark has no meaning.
+            thread.pending.jumped = 1;
         }
     }
     0

@@ -17,11 +17,12 @@ use tracer_common::{
 
 use crate::{
     kernel, ledger,
-    maps::{EVENTS, PENDING},
+    maps::EVENTS,
     missed,
-    pending::{self, Pending, thread_key},
-    probes::{armed_instance, cookie, pid_tgid, refuse_private_stack},
+    pending::{self, Pending},
+    probes::{cookie, pid_tgid, refuse_private_stack},
     registers::Registers,
+    thread::{self, ThreadKey},
 };
 
 /// Results from here on are errors.
@@ -67,21 +68,19 @@ pub(crate) fn range_enter(ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn enter(ctx: &ProbeContext) -> Option<()> {
     let pid_tgid = pid_tgid();
-    let (instance, state) = armed_instance(pid_tgid)?;
+    let cookie = cookie(ctx.as_ptr());
+    let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid, cookie.family()))?;
+    let pending = &mut thread.pending;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
-    if let Some(heap) = PENDING.get_ptr_mut(thread_key(pid_tgid, HEAP)) {
-        // SAFETY: a live map element that only this thread uses.
-        let heap = unsafe { &*heap };
-        if heap.return_slot != 0 && pending::is_nested(heap, stack_pointer) {
-            // The allocator's own business.
-            return None;
-        }
+    if let Some(heap) = thread::find(ThreadKey::new(pid_tgid, HEAP))
+        && heap.pending.return_slot != 0
+        && pending::is_nested(&heap.pending, stack_pointer)
+    {
+        // The allocator's own business.
+        return None;
     }
-    let cookie = cookie(ctx.as_ptr());
-    // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending::of_thread(thread_key(pid_tgid, cookie.family()))? };
     if pending.return_slot != 0 {
         if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
             return None;
@@ -124,10 +123,8 @@ pub(crate) fn range_exit(ctx: RetProbeContext) -> u32 {
 
 #[inline(always)]
 fn exit(ctx: &RetProbeContext) -> Option<()> {
-    let thread_key = thread_key(pid_tgid(), cookie(ctx.as_ptr()).family());
-    let pending = PENDING.get_ptr_mut(thread_key)?;
-    // SAFETY: a live map element that only this thread uses.
-    let pending = unsafe { &mut *pending };
+    let thread = thread::find(ThreadKey::new(pid_tgid(), cookie(ctx.as_ptr()).family()))?;
+    let pending = &mut thread.pending;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let (stack_pointer, result) = unsafe { ((*regs).rsp, (*regs).rax) };

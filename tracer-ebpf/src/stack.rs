@@ -15,6 +15,7 @@ use aya_ebpf::{
 use tracer_common::{
     event::{EventHeader, EventKind, MAX_FRAMES, STACK_COPY_BYTES, StackCopyEvent, StackEnd},
     instance::Instance,
+    ledger::Scope,
     unwind::{Rule, RuleKind, Segments, rule_cfa_offset, rule_frame_pointer_offset, rule_kind},
 };
 
@@ -24,10 +25,12 @@ use crate::{
     kernel,
     maps::{CONFIG, COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
     pending,
-    unwind::{Code, SegmentList},
+    trail::{Start, Trail},
+    unwind::{self, Code, SegmentList},
 };
 
 const PAGE_BYTES: u64 = 4096;
+const WINDOW_BYTES: u32 = WINDOW_WORDS as u32 * 8;
 
 /// Frames of code without tables are at most this large: a frame pointer further away is something else,
 /// or of another stack.
@@ -42,29 +45,78 @@ const STACK_COPY_INTERVAL_NS: u64 = 2_000_000;
 /// stack is a new one that needs help.
 const STACK_COPY_BURST: u64 = 200;
 
-/// A finished walk; gives its buffer back when told to.
+/// A walk; gives its buffer back when told to.
 pub(crate) struct Stack {
     scratch: *mut Scratch,
+    start: Start,
+    /// Its trail, of which nothing is to be relied on unless it `has_trail`.
+    trail: *mut Trail,
+    has_trail: bool,
 }
 
 impl Stack {
-    /// Walks the stack of the thread whose registers these are, as seen at a return probe: the
-    /// instruction pointer already is the return address into the allocator's caller.
+    /// Begins a walk of the thread whose registers these are, as seen at a return probe: the instruction
+    /// pointer already is the return address into the allocator's caller.
     ///
     /// None if every buffer of this processor is in use.
     #[inline(always)]
-    pub(crate) fn capture(regs: *const pt_regs, state: &Instance) -> Option<Self> {
-        let scratch = claim()?;
-        // One read, as the user side replaces both halves at once.
-        // SAFETY: a field of a live map element.
-        let segments = unsafe { (&raw const state.segments).read_volatile() };
-        // SAFETY: claimed by this walk, and the kernel hands every uprobe program a valid `pt_regs`.
+    pub(crate) fn begin(regs: *const pt_regs, state: &Instance) -> Option<Self> {
+        let (scratch, is_first) = claim()?;
+        // SAFETY: claimed by this walk, the kernel hands every uprobe program a valid `pt_regs`, and
+        // fields of a live map element; the segments in one read, as the user side replaces both halves
+        // at once.
+        unsafe {
+            let start = Start {
+                instruction_pointer: (*regs).rip,
+                stack_pointer: (*regs).rsp,
+                frame_pointer: (*regs).rbp,
+                segments: (&raw const state.segments).read_volatile(),
+            };
+            (*scratch).walk.stack_start = start.stack_pointer;
+            (*scratch).walk.window_bytes = 0;
+            let Some(trail) = start.trail() else {
+                give_back(scratch);
+                return None;
+            };
+            Some(Self {
+                scratch,
+                start,
+                trail,
+                has_trail: is_first && !is_changing(state),
+            })
+        }
+    }
+
+    /// The site that the walk would lead to, if it is known to be one that was made before.
+    #[inline(always)]
+    pub(crate) fn recall(&self, scope: Scope, state: &Instance) -> Option<u32> {
+        // SAFETY: live map elements, and claimed by this walk.
+        unsafe {
+            if !self.has_trail || !(*self.trail).begins(&self.start, scope, state) {
+                return None;
+            }
+            (*self.scratch).read_first((*self.trail).span_bytes());
+            ((*self.scratch).walk.window_bytes != 0 && (*self.trail).is_in(&(*self.scratch).window))
+                .then(|| (*self.trail).site())
+        }
+    }
+
+    /// Walks.
+    #[inline(always)]
+    pub(crate) fn walk(&self, state: &Instance) {
+        let Self {
+            scratch,
+            start,
+            trail,
+            ..
+        } = *self;
+        // SAFETY: claimed by this walk, and live map elements.
         unsafe {
             let walk = &mut (*scratch).walk;
-            walk.address = (*regs).rip;
-            walk.stack_pointer = (*regs).rsp;
-            walk.frame_pointer = (*regs).rbp;
-            walk.window_bytes = 0;
+            walk.address = start.instruction_pointer;
+            walk.stack_pointer = start.stack_pointer;
+            walk.frame_pointer = start.frame_pointer;
+            walk.frame_pointer_place = IN_REGISTER;
             walk.unknown_code = 0;
             walk.is_passing = 0;
             walk.trampoline = if CONFIG.load().families == 0 {
@@ -74,16 +126,20 @@ impl Stack {
             };
             walk.code.forget();
             walk.segments = SegmentList {
-                first: Segments(segments).first(),
-                count: Segments(segments).count(),
+                first: Segments(start.segments).first(),
+                count: Segments(start.segments).count(),
             };
             (*scratch).event.hash = 0;
             (*scratch).event.depth = 0;
             (*scratch).event.end = StackEnd::DepthLimit as u32;
+            if self.has_trail {
+                (*trail).begin();
+            }
         }
-        let mut context = Context { scratch };
+        let mut context = Context { scratch, trail };
         // SAFETY: the callback has the signature that the helper wants and the context outlives it.
         unsafe {
+            (*scratch).walk.has_trail = u64::from(self.has_trail);
             bpf_loop(
                 CONFIG.load().max_depth,
                 step as *const () as *mut c_void,
@@ -92,14 +148,27 @@ impl Stack {
             );
             // What the walk relied on may have been of a library that is no more.
             if (*scratch).walk.is_passing != 0
-                && ((&raw const state.code_changes).read_volatile()
-                    != (&raw const state.code_seen).read_volatile()
-                    || (&raw const state.segments).read_volatile() != segments)
+                && (is_changing(state)
+                    || (&raw const state.segments).read_volatile() != start.segments)
             {
                 (*scratch).event.end = StackEnd::Changing as u32;
             }
         }
-        Some(Self { scratch })
+    }
+
+    /// Has the walk [recalled](Self::recall) the next time. To be called only if nothing about it is
+    /// left to be told.
+    #[inline(always)]
+    pub(crate) fn remember(&self, scope: Scope, state: &Instance, site: u32) {
+        // SAFETY: claimed by this walk, and a live map element.
+        unsafe {
+            if self.has_trail
+                && (*self.scratch).walk.unknown_code == 0
+                && (*self.scratch).event.end != StackEnd::Changing as u32
+            {
+                (*self.trail).end(&self.start, scope, state, site);
+            }
+        }
     }
 
     /// Hash of the frames; never 0, which stands for "no stack".
@@ -237,14 +306,24 @@ unsafe fn is_due(at: *mut u64, interval_ns: u64) -> bool {
     true
 }
 
-/// Takes a buffer of this processor that no other walk holds.
+/// Whether libraries have changed since it was looked what is mapped.
 #[inline(always)]
-pub(crate) fn claim() -> Option<*mut Scratch> {
+fn is_changing(state: &Instance) -> bool {
+    // SAFETY: fields of a live map element.
+    unsafe {
+        (&raw const state.code_changes).read_volatile()
+            != (&raw const state.code_seen).read_volatile()
+    }
+}
+
+/// Takes a buffer of this processor that no other walk holds; gives whether it is the first.
+#[inline(always)]
+pub(crate) fn claim() -> Option<(*mut Scratch, bool)> {
     for slot in 0..SCRATCH_SLOTS {
         let scratch = SCRATCH.get_ptr_mut(slot)?;
         // SAFETY: an aligned field of a live map element.
         if unsafe { swap_u32(&raw mut (*scratch).claimed, 1) } == 0 {
-            return Some(scratch);
+            return Some((scratch, slot == 0));
         }
     }
     None
@@ -266,7 +345,12 @@ pub(crate) unsafe fn give_back(scratch: *mut Scratch) {
 #[repr(C)]
 struct Context {
     scratch: *mut Scratch,
+    trail: *mut Trail,
 }
+
+/// Values of [`Walk::frame_pointer_place`] that are no address of a word.
+const IN_REGISTER: u64 = 0;
+const NOTED: u64 = 1;
 
 /// State of a walk.
 #[repr(C)]
@@ -277,6 +361,12 @@ pub(crate) struct Walk {
     stack_pointer: u64,
     /// Its frame pointer register, whatever that is used for.
     frame_pointer: u64,
+    /// Where that was read, [`IN_REGISTER`], or [`NOTED`].
+    frame_pointer_place: u64,
+    /// The stack pointer that the walk began with.
+    stack_start: u64,
+    /// Not 0 if a trail is to be kept.
+    has_trail: u64,
     /// Address of the first word in the buffer's window.
     window_start: u64,
     /// Bytes of the window that are filled.
@@ -295,8 +385,8 @@ pub(crate) struct Walk {
 
 /// Takes one frame; returns 1 to end the walk.
 extern "C" fn step(index: u32, context: *mut Context) -> i64 {
-    // SAFETY: `bpf_loop` hands over the context that `capture` gave it, whose buffer is claimed.
-    let scratch = unsafe { &mut *(*context).scratch };
+    // SAFETY: `bpf_loop` hands over the context that `walk` gave it, whose buffer is claimed.
+    let (scratch, trail) = unsafe { (&mut *(*context).scratch, (*context).trail) };
     let position = index as usize;
     if position >= MAX_FRAMES {
         return 1;
@@ -305,7 +395,7 @@ extern "C" fn step(index: u32, context: *mut Context) -> i64 {
     scratch.event.frames[position] = address;
     scratch.event.hash = mix(scratch.event.hash, address);
     scratch.event.depth = index + 1;
-    match scratch.step_out() {
+    match scratch.step_out(trail) {
         Ok(()) => 0,
         Err(end) => {
             scratch.event.end = end as u32;
@@ -315,9 +405,59 @@ extern "C" fn step(index: u32, context: *mut Context) -> i64 {
 }
 
 impl Scratch {
+    /// The walk went by a word, for its trail.
+    #[inline(always)]
+    fn note(&self, trail: *mut Trail, place: u64, value: u64) {
+        if self.walk.has_trail != 0 {
+            // SAFETY: a live map element that belongs to this walk.
+            unsafe { (*trail).note(place.wrapping_sub(self.walk.stack_start), value) };
+        }
+    }
+
+    /// The walk went by the frame pointer.
+    #[inline(always)]
+    fn note_frame_pointer(&mut self, trail: *mut Trail) {
+        let place = self.walk.frame_pointer_place;
+        if place == NOTED || self.walk.has_trail == 0 {
+            return;
+        }
+        if place == IN_REGISTER {
+            // SAFETY: as in `note`.
+            unsafe { (*trail).note_frame_pointer() };
+        } else {
+            self.note(trail, place, self.walk.frame_pointer);
+        }
+        self.walk.frame_pointer_place = NOTED;
+    }
+
+    /// No trail is kept of a walk that goes by other things too.
+    #[inline(always)]
+    fn give_up(&self, trail: *mut Trail) {
+        if self.walk.has_trail != 0 {
+            // SAFETY: as in `note`.
+            unsafe { (*trail).give_up() };
+        }
+    }
+
+    /// Reads so many bytes of the stack, if they can be read.
+    #[inline(always)]
+    fn read_first(&mut self, bytes: u32) {
+        let start = self.walk.stack_start;
+        let bytes = unwind::unseen(u64::from(bytes)) as u32 & (2 * WINDOW_BYTES - 1);
+        let window = &raw mut self.window;
+        if start & 7 == 0
+            && bytes <= WINDOW_BYTES
+            // SAFETY: the helper checks the source, and the destination has room for it.
+            && unsafe { kernel::read_user_bytes(window.cast(), bytes, start) }.is_some()
+        {
+            self.walk.window_start = start;
+            self.walk.window_bytes = u64::from(bytes);
+        }
+    }
+
     /// Steps from a frame to its caller's.
     #[inline(always)]
-    fn step_out(&mut self) -> Result<(), StackEnd> {
+    fn step_out(&mut self, trail: *mut Trail) -> Result<(), StackEnd> {
         // The instruction of the call, not the one after it, which may be another function's.
         let address = self.walk.address.wrapping_sub(1);
         if !self.walk.code.contains(address) && !self.walk.code.find(self.walk.segments, address) {
@@ -331,7 +471,7 @@ impl Scratch {
             return Err(StackEnd::NoTable);
         }
         if !self.walk.code.has_table() {
-            return self.by_frame_pointer();
+            return self.by_frame_pointer(trail);
         }
         let rule = self.walk.code.rule(address);
         let kind = rule_kind(rule);
@@ -342,6 +482,7 @@ impl Scratch {
         let cfa = if kind == RuleKind::StackPointer as u8 {
             self.walk.stack_pointer.wrapping_add(cfa_offset)
         } else if kind == RuleKind::FramePointer as u8 {
+            self.note_frame_pointer(trail);
             self.walk.frame_pointer.wrapping_add(cfa_offset)
         } else if kind == RuleKind::Root as u8 {
             return Err(StackEnd::Root);
@@ -351,17 +492,23 @@ impl Scratch {
             if rule_kind(self.walk.code.rule(self.walk.address)) != RuleKind::None as u8 {
                 return Err(StackEnd::Root);
             }
-            return self.by_frame_pointer();
+            return self.by_frame_pointer(trail);
         } else if kind == RuleKind::SignalFrame as u8 {
+            self.give_up(trail);
             return self.by_signal_frame();
         } else if kind == RuleKind::Plt as u8 {
             let pushed = if address & 15 >= 11 { 8 } else { 0 };
             self.walk.stack_pointer.wrapping_add(8 + pushed)
         } else if kind == RuleKind::DereferencedFramePointer as u8 {
+            self.note_frame_pointer(trail);
             let frame_pointer = self.walk.frame_pointer;
-            let cfa = self.read(frame_pointer.wrapping_add(cfa_offset))?;
+            let place = frame_pointer.wrapping_add(cfa_offset);
+            let cfa = self.read(place)?;
+            self.note(trail, place, cfa);
             if is_saved {
-                self.walk.frame_pointer = self.read(frame_pointer.wrapping_add(saved_at))?;
+                let place = frame_pointer.wrapping_add(saved_at);
+                self.walk.frame_pointer = self.read(place)?;
+                self.walk.frame_pointer_place = place;
                 is_saved = false;
             }
             cfa
@@ -374,9 +521,12 @@ impl Scratch {
         }
         // Before the return address, which lies above it: the window moves up only.
         if is_saved {
-            self.walk.frame_pointer = self.read(cfa.wrapping_add(saved_at))?;
+            let place = cfa.wrapping_add(saved_at);
+            self.walk.frame_pointer = self.read(place)?;
+            self.walk.frame_pointer_place = place;
         }
-        let address = self.read_return_address(cfa.wrapping_sub(8))?;
+        let place = cfa.wrapping_sub(8);
+        let address = self.read_return_address(place, trail)?;
         if address == 0 {
             return Err(StackEnd::Root);
         }
@@ -388,7 +538,9 @@ impl Scratch {
     /// Through code without a table, as the prologue `push %rbp; mov %rsp,%rbp` leaves the stack.
     /// The register may hold anything, so what it leads to has to be known code.
     #[inline(always)]
-    fn by_frame_pointer(&mut self) -> Result<(), StackEnd> {
+    fn by_frame_pointer(&mut self, trail: *mut Trail) -> Result<(), StackEnd> {
+        // It goes by the code of the caller too.
+        self.give_up(trail);
         let frame_pointer = self.walk.frame_pointer;
         if frame_pointer < self.walk.stack_pointer
             || frame_pointer - self.walk.stack_pointer > MAX_FRAME_BYTES
@@ -398,7 +550,7 @@ impl Scratch {
         }
         let (Ok(callers), Ok(address)) = (
             self.read(frame_pointer),
-            self.read_return_address(frame_pointer + 8),
+            self.read_return_address(frame_pointer + 8, trail),
         ) else {
             return Err(StackEnd::NoTable);
         };
@@ -460,12 +612,14 @@ impl Scratch {
 
     /// Reads a return address; one that the kernel has replaced as it was.
     #[inline(always)]
-    fn read_return_address(&mut self, place: u64) -> Result<u64, StackEnd> {
+    fn read_return_address(&mut self, place: u64, trail: *mut Trail) -> Result<u64, StackEnd> {
         let address = self.read(place)?;
         // The allocators' calls inside each other are not recorded, so without others none is met.
         if CONFIG.load().families == 0 || address != self.walk.trampoline {
+            self.note(trail, place, address);
             return Ok(address);
         }
+        self.give_up(trail);
         Ok(kernel::replaced_return_address(place).unwrap_or(address))
     }
 

@@ -178,7 +178,7 @@ fn mask_if_reached(start: u64, value: u64) -> u32 {
 
 /// A value that the compiler knows nothing about.
 #[inline(always)]
-fn unseen(mut value: u64) -> u64 {
+pub(crate) fn unseen(mut value: u64) -> u64 {
     #[cfg(target_arch = "bpf")]
     // SAFETY: copies a register to itself. Without an instruction there would be two pieces of line
     // information at one place, which the kernel refuses.

@@ -1,5 +1,6 @@
 //! Everything that talks to the kernel's BPF: loading, maps, links.
 
+mod blocks;
 pub mod instances;
 pub mod kernel_types;
 pub mod links;

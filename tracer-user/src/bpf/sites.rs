@@ -1,8 +1,7 @@
-//! Sites and live blocks on the kernel side.
+//! Sites on the kernel side.
 
 use std::{
     collections::HashSet,
-    os::fd::AsFd as _,
     sync::atomic::{AtomicU32, Ordering},
 };
 
@@ -13,14 +12,11 @@ use aya::{
 };
 use tracer_common::{
     alloc_spec::{Family, HEAP},
-    ledger::{Block, BlockKey, instance_of, scope},
+    ledger::scope,
     site::{COPY_SENT, FRAMES_SENT, Site, SiteKey, first_reserved},
 };
 
-use super::{
-    maps::for_each,
-    tracer::{Tracer, data, queue, remove},
-};
+use super::tracer::{Tracer, queue, remove};
 
 impl Tracer {
     fn site_counter(&self) -> &AtomicU32 {
@@ -152,35 +148,6 @@ impl Tracer {
             false => 0,
         };
         (instance, live_bytes)
-    }
-
-    /// Visits every live block, some thousand a system call.
-    pub fn for_each_block(&self, visit: impl FnMut(BlockKey, Block)) -> anyhow::Result<()> {
-        for_each(data(&self.ebpf, "LEDGER")?.fd().as_fd(), visit)
-            .context("failed to read the ledger")
-    }
-
-    /// Takes the live blocks of ended instances out of the ledger, so that they take no room.
-    pub fn purge(&mut self, instances: &HashSet<u32>) -> anyhow::Result<Vec<(u32, Block)>> {
-        let mut found = Vec::new();
-        self.for_each_block(|key, block| {
-            let instance = instance_of(key.scope);
-            if instances.contains(&instance) {
-                found.push((key, instance, block));
-            }
-        })?;
-        let map = self
-            .ebpf
-            .map_mut("LEDGER")
-            .ok_or_else(|| anyhow!("no map LEDGER"))?;
-        let mut ledger: HashMap<&mut MapData, BlockKey, Block> = HashMap::try_from(map)?;
-        let mut blocks = Vec::with_capacity(found.len());
-        for (key, instance, block) in found {
-            if remove(&mut ledger, &key).context("failed to purge the ledger")? {
-                blocks.push((instance, block));
-            }
-        }
-        Ok(blocks)
     }
 }
 

@@ -18,12 +18,14 @@ use tracer_common::{
     alloc_spec::{Family, HEAP},
     config::{CONFIG_SYMBOL, Config, Starts},
     instance::{Instance, MAX_INSTANCES},
+    ledger::Bucket,
     missed::Missed,
     site::{Site, first_reserved},
     unwind::Segment,
 };
 
 use super::{
+    blocks::Rooms,
     instances::number_instances,
     kernel_types,
     links::{Attacher, Link, Point, ProbeProgram, Scope},
@@ -85,12 +87,10 @@ impl Limits {
         families: HEAP,
     };
 
-    /// Kernel memory that the ledger, the site table and the unwind tables take, in bytes.
+    /// Kernel memory that the ledger, the site table and the unwind tables take at most, in bytes.
     #[must_use]
     pub const fn kernel_bytes(&self) -> u64 {
-        // Measured per element: key, value, hash link and bucket.
-        const LEDGER_ENTRY_BYTES: u64 = 104;
-        self.max_live_blocks as u64 * LEDGER_ENTRY_BYTES
+        Rooms::of(self.max_live_blocks).bytes()
             + self.max_sites as u64 * size_of::<Site>() as u64
             + self.unwind_bytes
             + SEGMENTS as u64 * size_of::<Segment>() as u64
@@ -133,6 +133,8 @@ pub struct Tracer {
     pub(super) starts: HashMap<&'static str, RawTracePointLinkId>,
     pub(super) unwind: UnwindMaps,
     pub(super) instances: MappedArray<Instance>,
+    /// The younger live blocks.
+    pub(super) buckets: MappedArray<Bucket>,
     pub(super) sites: MappedArray<Site>,
     /// One element: how many sites were handed out.
     pub(super) site_count: MappedArray<u64>,
@@ -151,6 +153,7 @@ impl Tracer {
         if crate::cgroup::memory_limit_bytes().is_some_and(|limit| limit < limits.total_bytes()) {
             return Err(no_memory(&limits));
         }
+        let rooms = Rooms::of(limits.max_live_blocks);
         let mut config = Config {
             min_size_bytes: limits.min_size_bytes,
             max_size_bytes: limits.max_size_bytes,
@@ -165,6 +168,7 @@ impl Tracer {
             copy_all_stacks: u32::from(limits.copy_all_stacks),
             starts: limits.starts,
             families: u32::from(limits.families),
+            ledger_buckets: rooms.buckets,
             ..Config::default()
         };
         kernel_types::offsets(&mut config)?;
@@ -178,7 +182,8 @@ impl Tracer {
         let mut ebpf = EbpfLoader::new()
             .override_global(CONFIG_SYMBOL, &config, true)
             .override_global("AYA_LOG_LEVEL", &log_level, true)
-            .map_max_entries("LEDGER", limits.max_live_blocks)
+            .map_max_entries("BUCKETS", rooms.buckets)
+            .map_max_entries("OLD_BLOCKS", rooms.others)
             .map_max_entries("SITES", limits.max_sites)
             .map_max_entries("SITE_IDS", limits.max_sites)
             .map_max_entries("FREE_SITES", limits.max_sites)
@@ -213,6 +218,8 @@ impl Tracer {
             .context("failed to map the instances")?;
         let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
             .context("failed to map the sites")?;
+        let buckets = MappedArray::new(data(&ebpf, "BUCKETS")?, rooms.buckets as usize)
+            .context("failed to map the ledger")?;
         let site_count = MappedArray::new(data(&ebpf, "SITE_COUNT")?, 1)
             .context("failed to map the count of sites")?;
         let tables = MappedArray::new(data(&ebpf, "TABLES")?, limits.table_chunks() as usize)
@@ -225,6 +232,7 @@ impl Tracer {
             starts,
             unwind: UnwindMaps::new(tables, segments)?,
             instances,
+            buckets,
             sites,
             site_count,
             max_sites: limits.max_sites,

@@ -1,0 +1,157 @@
+//! The trails of stack walks: which words of the stack each one went by.
+//!
+//! A walk depends on nothing but the registers that it begins with, the code's tables and the words that
+//! it reads. So where the same call is made again, which is most of the time, it is enough to compare
+//! these words with what they were: that takes a tenth of the time that the walk took, and the site is
+//! known with it.
+
+use tracer_common::{instance::Instance, ledger::Scope};
+
+use crate::maps::{TRAILS, WINDOW_WORDS};
+
+/// Trails that a processor keeps, a power of two.
+pub(crate) const KEPT: u32 = 256;
+/// Words that a trail can have: walks that go by more are made anew each time.
+const WORDS: usize = 48;
+
+/// Trails reach no further above the stack pointer than can be read at once.
+const WINDOW_BYTES: u64 = WINDOW_WORDS as u64 * 8;
+
+/// A trail. It belongs to who holds the first buffer of the processor ([`crate::stack::claim`]).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Trail {
+    /// [`Instance::segments`] at that time; 0 if there is no trail.
+    segments: u64,
+    scope: Scope,
+    instruction_pointer: u64,
+    stack_pointer: u64,
+    frame_pointer: u64,
+    /// [`Instance::generation`].
+    generation: u32,
+    /// What was found.
+    site: u32,
+    words: u32,
+    /// From the stack pointer to the end of the last word.
+    span_bytes: u32,
+    /// Not 0 if the register mattered.
+    uses_frame_pointer: u32,
+    padding: u32,
+    values: [u64; WORDS],
+    /// Where the words are, in words above the stack pointer.
+    places: [u16; WORDS],
+}
+
+/// The registers that a walk begins with, and where.
+#[derive(Clone, Copy)]
+pub(crate) struct Start {
+    pub(crate) instruction_pointer: u64,
+    pub(crate) stack_pointer: u64,
+    pub(crate) frame_pointer: u64,
+    pub(crate) segments: u64,
+}
+
+impl Start {
+    /// Where the trail of a walk that begins so is kept.
+    #[inline(always)]
+    pub(crate) fn trail(&self) -> Option<*mut Trail> {
+        let mixed = (self.instruction_pointer ^ self.stack_pointer << 20)
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        TRAILS.get_ptr_mut((mixed >> 40) as u32 & (KEPT - 1))
+    }
+}
+
+impl Trail {
+    /// Whether a walk that begins so may be the one that this is the trail of.
+    #[inline(always)]
+    pub(crate) fn begins(&self, start: &Start, scope: Scope, state: &Instance) -> bool {
+        self.segments == start.segments
+            && self.segments != 0
+            && self.instruction_pointer == start.instruction_pointer
+            && self.stack_pointer == start.stack_pointer
+            && (self.uses_frame_pointer == 0 || self.frame_pointer == start.frame_pointer)
+            && self.scope == scope
+            && self.generation == state.generation
+    }
+
+    /// Bytes of the stack that its words lie in.
+    #[inline(always)]
+    pub(crate) fn span_bytes(&self) -> u32 {
+        self.span_bytes
+    }
+
+    /// Whether its words are what the stack has, which was read from the stack pointer on.
+    #[inline(always)]
+    pub(crate) fn is_in(&self, stack: &[u64; WINDOW_WORDS]) -> bool {
+        let words = self.words as usize;
+        let mut difference = 0;
+        // No branch in it but the end, lest the verifier follow each way.
+        for index in 0..WORDS {
+            if index >= words {
+                break;
+            }
+            let place = self.places[index] as usize & (WINDOW_WORDS - 1);
+            difference |= stack[place] ^ self.values[index];
+        }
+        difference == 0
+    }
+
+    /// What was found at its end.
+    #[inline(always)]
+    pub(crate) fn site(&self) -> u32 {
+        self.site
+    }
+
+    /// Begins a new one.
+    #[inline(always)]
+    pub(crate) fn begin(&mut self) {
+        self.segments = 0;
+        self.uses_frame_pointer = 0;
+        self.span_bytes = 0;
+        self.words = 0;
+    }
+
+    /// The walk went by a word.
+    #[inline(always)]
+    pub(crate) fn note(&mut self, above_stack_pointer: u64, value: u64) {
+        let index = self.words as usize;
+        if index >= WORDS || above_stack_pointer >= WINDOW_BYTES {
+            self.give_up();
+            return;
+        }
+        let end = above_stack_pointer as u32 + 8;
+        self.places[index] = (end / 8 - 1) as u16;
+        self.values[index] = value;
+        self.words = index as u32 + 1;
+        if end > self.span_bytes {
+            self.span_bytes = end;
+        }
+    }
+
+    /// The walk went by the frame pointer that it began with.
+    #[inline(always)]
+    pub(crate) fn note_frame_pointer(&mut self) {
+        self.uses_frame_pointer = 1;
+    }
+
+    /// The walk went by something else.
+    #[inline(always)]
+    pub(crate) fn give_up(&mut self) {
+        self.words = u32::MAX;
+    }
+
+    /// The walk is over, and found a site.
+    #[inline(always)]
+    pub(crate) fn end(&mut self, start: &Start, scope: Scope, state: &Instance, site: u32) {
+        if self.words as usize > WORDS {
+            return;
+        }
+        self.scope = scope;
+        self.instruction_pointer = start.instruction_pointer;
+        self.stack_pointer = start.stack_pointer;
+        self.frame_pointer = start.frame_pointer;
+        self.generation = state.generation;
+        self.site = site;
+        self.segments = start.segments;
+    }
+}
