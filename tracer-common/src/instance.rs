@@ -73,7 +73,15 @@ pub struct Instance {
     pub generation: u32,
     /// The process that it was opened for; 0 while the number is free.
     pub tgid: u32,
+    /// Number of the [`crate::sampling::Rate`] at which it is sampled, from 1 on; 0 if every call is recorded.
+    pub rate: u32,
+    /// Not 0 if it was sampled at any time: then frees may be of blocks that others stood for.
+    pub was_sampled: u32,
+    /// Entries of functions that were seen, a few of each thread not yet counted.
+    pub entries: u64,
+    /// Returns, likewise.
+    pub returns: u64,
 }
 
-const _: () = assert!(size_of::<Instance>() == 104);
+const _: () = assert!(size_of::<Instance>() == 128);
 pod!(Instance);

@@ -99,7 +99,7 @@ const _: () = {
 };
 pod!(Bucket);
 
-/// Number of the bucket of a block, of so many, a power of two.
+/// Number of the bucket of a block, of so many: a power of two, at most 2^16.
 #[inline(always)]
 #[must_use]
 pub const fn bucket_of(key: &BlockKey, buckets: u32) -> u32 {
@@ -107,7 +107,7 @@ pub const fn bucket_of(key: &BlockKey, buckets: u32) -> u32 {
     const MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
     // Addresses are multiples of 16; neighbours are to be in different buckets.
     let mixed = (key.address >> 4 ^ key.scope << 40 ^ key.scope >> 16).wrapping_mul(MULTIPLIER);
-    (mixed >> 32) as u32 & (buckets - 1)
+    (mixed >> 48) as u32 & (buckets - 1)
 }
 
 #[cfg(test)]

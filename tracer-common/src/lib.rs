@@ -11,8 +11,10 @@ pub mod config;
 pub mod event;
 pub mod histogram;
 pub mod instance;
+pub mod kernel_function;
 pub mod ledger;
 pub mod missed;
+pub mod sampling;
 pub mod site;
 pub mod unwind;
 

@@ -34,7 +34,21 @@ pub const COPY_SENT: u32 = 2;
 /// The user side has frames that may be wrong, and the memory to do better if there was room for it.
 pub const DOUBTFUL_SENT: u32 = 4;
 
-/// Counters of a site. All but `births` only grow; the BPF side adds to them atomically and the
+/// Unit that bytes are taken in where their variance is counted, lest that overflow.
+pub const VARIANCE_BYTES: u64 = 256;
+
+/// What a block of that size and weight adds to the variance of blocks and that of bytes.
+#[inline(always)]
+#[must_use]
+pub const fn variances(size_bytes: u64, weight: u32) -> (u64, u64) {
+    let others = (weight as u64).wrapping_sub(1);
+    let weight = weight as u64;
+    let bytes = size_bytes.wrapping_mul(weight) / VARIANCE_BYTES;
+    let other_bytes = size_bytes.wrapping_mul(others) / VARIANCE_BYTES;
+    (weight.wrapping_mul(others), bytes.wrapping_mul(other_bytes))
+}
+
+/// Counters of a site. All but `births` and what is live only grow; the BPF side adds to them atomically and the
 /// user side reads them through a memory mapping, so a reading is of each counter, not of all at
 /// one instant, while the process runs.
 #[repr(C)]
@@ -59,6 +73,15 @@ pub struct Site {
     pub family: u32,
     /// Makes what follows aligned.
     pub padding: u32,
+    /// Variances of sums over blocks that stand for others, 0 where none does: of the blocks allocated and
+    /// of those that are live. A block of weight w adds w (w - 1) (Horvitz–Thompson).
+    pub alloc_variance: u64,
+    /// See there.
+    pub live_variance: u64,
+    /// Of the bytes allocated, in [`VARIANCE_BYTES`] squared. A block of s bytes adds w (w - 1) s².
+    pub alloc_bytes_variance: u64,
+    /// Of the bytes live, likewise.
+    pub live_bytes_variance: u64,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,
     /// Freed blocks by lifetime, see [`crate::histogram::lifetime_slot`].
@@ -67,8 +90,31 @@ pub struct Site {
     pub births: [u32; BIRTH_SLICES],
 }
 
+impl Default for Site {
+    fn default() -> Self {
+        Self {
+            allocs: 0,
+            alloc_bytes: 0,
+            frees: 0,
+            freed_bytes: 0,
+            stack_hash: 0,
+            instance: 0,
+            stack_sent: 0,
+            family: 0,
+            padding: 0,
+            alloc_variance: 0,
+            live_variance: 0,
+            alloc_bytes_variance: 0,
+            live_bytes_variance: 0,
+            missed_frees: 0,
+            lifetimes: [0; LIFETIME_SLOTS],
+            births: [0; BIRTH_SLICES],
+        }
+    }
+}
+
 const _: () = {
-    assert!(size_of::<Site>() == 64 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
+    assert!(size_of::<Site>() == 96 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
     assert!(size_of::<Site>().is_multiple_of(8));
 };
 pod!(Site);

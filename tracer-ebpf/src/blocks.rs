@@ -9,7 +9,7 @@ use tracer_common::{
 
 use crate::{
     atomic::{add_u64, compare_swap_u64},
-    maps::{BUCKETS, CONFIG, OLD_BLOCKS},
+    maps::{BUCKETS, OLD_BLOCKS, config},
     missed,
     unwind::unseen,
 };
@@ -32,7 +32,7 @@ const NONE: u64 = BUCKET_BLOCKS as u64;
 
 #[inline(always)]
 fn bucket(key: &BlockKey) -> Option<*mut Bucket> {
-    BUCKETS.get_ptr_mut(bucket_of(key, CONFIG.load().ledger_buckets))
+    BUCKETS.get_ptr_mut(bucket_of(key, config!(ledger_buckets)))
 }
 
 /// Where in a bucket a block is, and where there is room; [`NONE`] if nowhere.

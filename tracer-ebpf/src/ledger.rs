@@ -16,13 +16,13 @@ use tracer_common::{
     instance::Instance,
     ledger::{Block, BlockKey, Scope, family_of, instance_of, scope},
     missed::Missed,
-    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved},
+    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved, variances},
 };
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
     blocks::{self, Inserted, NO_BLOCK},
-    maps::{CONFIG, EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES},
+    maps::{EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES, config},
     missed,
     stack::{self, Stack},
 };
@@ -85,16 +85,22 @@ unsafe fn end_of_life(state: &Instance, site: *mut Site, block: &Block) {
         if let Some(births) = births_of(state, site, block.birth_ns) {
             add_u32(births, block.weight.wrapping_neg());
         }
-        if CONFIG.load().max_live_of_instance != 0 {
+        if block.weight > 1 {
+            let (blocks, bytes) = variances(block.size_bytes, block.weight);
+            add_u64(&raw mut (*site).live_variance, blocks.wrapping_neg());
+            add_u64(&raw mut (*site).live_bytes_variance, bytes.wrapping_neg());
+        }
+        if config!(max_live_of_instance) != 0 {
             add_u64((&raw const state.live_blocks).cast_mut(), u64::MAX);
         }
     }
 }
 
-/// How many blocks a new one stands for; None if others stand for it, as the instance has too many.
+/// How many blocks a new one stands for, of those that are left where the instance has too many; None if others
+/// stand for it.
 #[inline(always)]
-fn weight(state: &Instance) -> Option<u32> {
-    let most = CONFIG.load().max_live_of_instance;
+fn weight_of_many(state: &Instance) -> Option<u32> {
+    let most = config!(max_live_of_instance);
     if most == 0 {
         return Some(1);
     }
@@ -132,10 +138,12 @@ pub(crate) fn record(
     scope: Scope,
     address: u64,
     size_bytes: u64,
+    weight: u32,
 ) {
-    let Some(weight) = weight(state) else {
+    let Some(weight_of_many) = weight_of_many(state) else {
         return;
     };
+    let weight = weight.wrapping_mul(weight_of_many);
     let site_id = site_of(regs, state, scope);
     let Some(site) = SITES.get_ptr_mut(site_id) else {
         missed::count(Missed::MapErrors);
@@ -164,7 +172,14 @@ pub(crate) fn record(
         if let Some(births) = births_of(state, site, birth_ns) {
             add_u32(births, weight);
         }
-        if CONFIG.load().max_live_of_instance != 0 {
+        if weight > 1 {
+            let (blocks, bytes) = variances(size_bytes, weight);
+            add_u64(&raw mut (*site).alloc_variance, blocks);
+            add_u64(&raw mut (*site).alloc_bytes_variance, bytes);
+            add_u64(&raw mut (*site).live_variance, blocks);
+            add_u64(&raw mut (*site).live_bytes_variance, bytes);
+        }
+        if config!(max_live_of_instance) != 0 {
             add_u64((&raw const state.live_blocks).cast_mut(), 1);
         }
     }
@@ -304,7 +319,7 @@ fn header(kind: EventKind, instance: u32, detail: u32) -> EventHeader {
 /// Id of a site that nobody has, but for the reserved ones.
 #[inline(always)]
 fn free_site() -> Option<u32> {
-    let most = first_reserved(CONFIG.load().max_sites);
+    let most = first_reserved(config!(max_sites));
     let count = SITE_COUNT.get_ptr_mut(0)?;
     // Looked at first, so that a full table does not make the counter wrap.
     // SAFETY: an aligned live map element.
@@ -353,7 +368,7 @@ pub(crate) fn give_back_site(id: u32) {
         (*site).instance = 0;
         (*site).stack_sent = 0;
     }
-    let given = if id < first_reserved(CONFIG.load().max_sites) {
+    let given = if id < first_reserved(config!(max_sites)) {
         FREE_SITES.push(id, 0)
     } else {
         RESERVED_SITES.push(id, 0)
@@ -367,12 +382,11 @@ pub(crate) fn give_back_site(id: u32) {
 /// got into the map; the other's id stays unused.
 #[inline(always)]
 fn new_site(key: SiteKey, state: &Instance) -> Option<u32> {
-    let config = CONFIG.load();
     let sites = (&raw const state.sites).cast_mut();
     // SAFETY: an aligned field of a live map element. Processors that ask at the same moment may get
     // one each beyond the limit.
     unsafe {
-        if sites.read_volatile() >= config.max_sites_of_instance {
+        if sites.read_volatile() >= config!(max_sites_of_instance) {
             return None;
         }
     }

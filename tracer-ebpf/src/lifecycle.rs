@@ -21,7 +21,7 @@ use tracer_common::{
 use crate::{
     atomic::{add_u32, and_u32},
     kernel, ledger,
-    maps::{CONFIG, EVENTS, FREE_INSTANCES, INSTANCES, PROCESSES},
+    maps::{EVENTS, FREE_INSTANCES, INSTANCES, PROCESSES, config},
     missed,
     thread::{self, ThreadKey},
 };
@@ -105,13 +105,14 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
     // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
     // side closes, after this process was told of.
     let generation = unsafe {
-        let (segments, changes, seen) = match parent {
+        let (segments, changes, seen, rate) = match parent {
             Some(parent) => (
                 (&raw const (*parent).segments).read_volatile(),
                 (*parent).code_changes,
                 (*parent).code_seen,
+                (*parent).rate,
             ),
-            None => (0, 0, 0),
+            None => (0, 0, 0, config!(rate)),
         };
         (*state).armed_at_ns = bpf_ktime_get_ns();
         (*state).trampoline = 0;
@@ -129,6 +130,10 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         (*state).sites = 0;
         (*state).live_blocks = 0;
         (*state).sampled_out = 0;
+        (*state).rate = rate;
+        (*state).was_sampled = rate;
+        (*state).entries = 0;
+        (*state).returns = 0;
         (*state).generation = (*state).generation.wrapping_add(1);
         (*state).tgid = tgid;
         (*state).generation
@@ -155,7 +160,7 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
 /// Whether the current process, which has executed a program, is one of those that are to be traced.
 #[inline(always)]
 fn is_wanted() -> bool {
-    let starts = CONFIG.load().starts;
+    let starts = config!(starts);
     if starts.any == 0 {
         return false;
     }
@@ -200,7 +205,7 @@ fn drop_pending(mut pid_tgid: u64) {
     // SAFETY: the callback has the signature that the helper wants and the context outlives it.
     unsafe {
         bpf_loop(
-            CONFIG.load().families + 1,
+            config!(families) + 1,
             drop_pending_of as *const () as *mut c_void,
             (&raw mut pid_tgid).cast::<c_void>(),
             0,

@@ -30,6 +30,8 @@ mod pending;
 mod probes;
 mod ranges;
 mod registers;
+mod sampling;
+mod session;
 mod stack;
 mod thread;
 mod trail;

@@ -13,6 +13,7 @@ use tracer_common::{
     instance::{Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey, Bucket},
     missed::MISSED_COUNTERS,
+    sampling::{MAX_RATES, Rate},
     site::{Site, SiteKey},
     unwind::{CHUNK_WORDS, Segment},
 };
@@ -22,6 +23,27 @@ use crate::{
     thread::{self, Thread},
     trail::{self, Trail},
 };
+
+/// A constant of the session. Only this one is read: all of them are some ten nanoseconds.
+macro_rules! config {
+    ($field:ident) => {
+        $crate::maps::read(&$crate::maps::constants().$field)
+    };
+}
+pub(crate) use config;
+
+#[inline(always)]
+pub(crate) fn constants() -> &'static Config {
+    // SAFETY: a `Config` and nothing else.
+    unsafe { &*(&raw const CONFIG).cast::<Config>() }
+}
+
+/// Volatile, as the loader writes it.
+#[inline(always)]
+pub(crate) fn read<T: Copy>(constant: &T) -> T {
+    // SAFETY: a reference.
+    unsafe { (&raw const *constant).read_volatile() }
+}
 
 /// Constants of the session.
 #[unsafe(no_mangle)]
@@ -49,7 +71,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_next: 0,
     mm_brk: 0,
     ledger_buckets: 0,
-    padding: 0,
+    rate: 0,
     starts: Starts::NONE,
 });
 
@@ -100,6 +122,10 @@ pub(crate) static RESERVED_SITES: Queue<u32> = Queue::with_max_entries(1 << 10, 
 /// What is kept of threads, see [`crate::thread`].
 #[map]
 pub(crate) static THREADS: Array<Thread> = Array::with_max_entries(thread::SLOTS, 0);
+
+/// Rates of sampling, see [`tracer_common::instance::Instance::rate`].
+#[map]
+pub(crate) static RATES: Array<Rate> = Array::with_max_entries(MAX_RATES, BPF_F_MMAPABLE);
 
 /// Unwind tables, see [`tracer_common::unwind`].
 #[map]

@@ -14,6 +14,7 @@ use aya_ebpf::{
 use crate::{
     maps::INSTANCES,
     probes::{pid_tgid, refuse_private_stack},
+    session,
     stack::{self, Stack},
     thread::armed_instance,
 };
@@ -28,6 +29,20 @@ pub(crate) fn nothing_enter(_ctx: ProbeContext) -> u32 {
 #[uretprobe]
 pub(crate) fn nothing_exit(_ctx: RetProbeContext) -> u32 {
     0
+}
+
+/// At both.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub(crate) extern "C" fn nothing_call(_ctx: *mut c_void) -> u32 {
+    session::RETURN_WANTED
+}
+
+/// At an entry, without a return.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub(crate) extern "C" fn skip_call(_ctx: *mut c_void) -> u32 {
+    session::RETURN_SKIPPED
 }
 
 /// At a return: walks the stack.

@@ -34,6 +34,10 @@ pub(crate) struct Pending {
     pub(crate) jumped: u32,
     /// [`Instance::generation`] of the instance.
     pub(crate) generation: u32,
+    /// How many blocks the new one stands for, 0 if it is not recorded.
+    pub(crate) weight: u32,
+    /// Makes it a whole number of words.
+    pub(crate) padding: u32,
 }
 
 impl Pending {

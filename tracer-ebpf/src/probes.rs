@@ -1,5 +1,7 @@
 //! The programs on allocator functions: one pair for all that allocate, one for all that free.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::pt_regs,
@@ -19,15 +21,15 @@ use crate::{
     atomic::add_u64,
     blocks::NO_BLOCK,
     kernel, ledger,
-    maps::{CONFIG, NO_PROGRAMS},
+    maps::{NO_PROGRAMS, config},
     missed,
     pending::{self, Pending},
-    registers::Registers,
+    registers, sampling, session,
     thread::{self, ThreadKey},
 };
 
 #[inline(always)]
-pub(crate) fn cookie(ctx: *mut core::ffi::c_void) -> Cookie {
+pub(crate) fn cookie(ctx: *mut c_void) -> Cookie {
     // SAFETY: the program's own context.
     Cookie(unsafe { bpf_get_attach_cookie(ctx) })
 }
@@ -50,7 +52,7 @@ pub(crate) fn pid_tgid() -> u64 {
 #[inline(always)]
 pub(crate) fn refuse_private_stack(ctx: &impl EbpfContext) {
     // Never so, which the verifier knows and the compiler does not.
-    if CONFIG.load().max_sites == 0 {
+    if config!(max_sites) == 0 {
         // SAFETY: the map is empty, and this is never reached.
         unsafe { NO_PROGRAMS.tail_call(ctx, 0) };
     }
@@ -64,15 +66,35 @@ pub(crate) fn alloc_enter(ctx: ProbeContext) -> u32 {
     0
 }
 
+/// Entry and return of a function that allocates, on kernels where one program can be both (uprobe
+/// sessions). A call whose return does not matter does not come back.
+///
+/// Written out, as aya's macro gives 0 whatever the function gives.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "uprobe")]
+pub(crate) extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
+    let ctx = ProbeContext::new(ctx);
+    refuse_private_stack(&ctx);
+    if session::is_return(&ctx) {
+        exit(ctx.as_ptr(), ctx.regs);
+        session::RETURN_WANTED
+    } else if enter(&ctx).is_some() {
+        session::RETURN_WANTED
+    } else {
+        session::RETURN_SKIPPED
+    }
+}
+
+/// Some if the call's return matters.
 #[inline(always)]
 fn enter(ctx: &ProbeContext) -> Option<()> {
     let cookie = cookie(ctx.as_ptr());
     let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
-    let pending = &mut thread.pending;
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
-    if pending.return_slot != 0 {
+    if thread.pending.return_slot != 0 {
+        let pending = &mut thread.pending;
         if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
             return None;
         }
@@ -81,26 +103,37 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         pending.abandon();
     }
 
-    let registers = Registers::of(regs);
-    let size = registers.get(cookie.size());
+    let size = registers::get(regs, cookie.size());
     let size_bytes = if cookie.count() == NO_REGISTER {
         size
     } else {
-        product(size, registers.get(cookie.count()))
+        product(size, registers::get(regs, cookie.count()))
     };
+    let weight = if cookie.size() == NO_REGISTER {
+        // A handle is a handle.
+        1
+    } else {
+        // SAFETY: a live map element.
+        sampling::weight(unsafe { &*state }, thread, size_bytes)
+    };
+    let pending = &mut thread.pending;
+    pending.weight = weight;
     pending.cookie = cookie.0;
     pending.size_bytes = size_bytes;
-    pending.out_pointer = registers.get(cookie.out_pointer());
+    pending.out_pointer = registers::get(regs, cookie.out_pointer());
     pending.instance = instance;
     // SAFETY: a live map element.
     pending.generation = unsafe { (*state).generation };
-    pending.old_address = registers.get(cookie.pointer());
+    pending.old_address = registers::get(regs, cookie.pointer());
     pending.old_taken = 0;
     // The address may be handed out again the moment that the allocator has it.
     if pending.old_address != 0
         && ledger::take(pending.scope(), pending.old_address, &mut pending.old)
     {
         pending.old_taken = 1;
+    } else if weight == 0 {
+        // Nobody waits for the result.
+        return None;
     }
     pending.jumped = 0;
     pending.return_slot = stack_pointer;
@@ -132,18 +165,20 @@ fn product(a: u64, b: u64) -> u64 {
 #[uretprobe]
 pub(crate) fn alloc_exit(ctx: RetProbeContext) -> u32 {
     refuse_private_stack(&ctx);
-    exit(&ctx);
+    exit(ctx.as_ptr(), ctx.regs);
     0
 }
 
 #[inline(always)]
-fn exit(ctx: &RetProbeContext) -> Option<()> {
-    let thread = thread::find(ThreadKey::new(pid_tgid(), cookie(ctx.as_ptr()).family()))?;
-    let pending = &mut thread.pending;
-    if pending.return_slot == 0 {
+fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
+    let thread = thread::find(ThreadKey::new(pid_tgid(), cookie(ctx).family()))?;
+    if thread.pending.return_slot == 0 {
         return None;
     }
-    let regs: *const pt_regs = ctx.regs;
+    if let Some(state) = thread.pending.state() {
+        thread.count_return(state);
+    }
+    let pending = &mut thread.pending;
     // SAFETY: the program's own context.
     let (stack_pointer, result) = unsafe { ((*regs).rsp, (*regs).rax) };
     // `ret` has taken the return address.
@@ -193,19 +228,19 @@ fn exit(ctx: &RetProbeContext) -> Option<()> {
     } else if old_address != 0 {
         untracked_free(state);
     }
-    if address == 0 {
+    if address == 0 || pending.weight == 0 {
         return None;
     }
-    let config = CONFIG.load();
     if is_sized
-        && (pending.size_bytes < config.min_size_bytes
-            || pending.size_bytes > config.max_size_bytes)
+        && (pending.size_bytes < config!(min_size_bytes)
+            || pending.size_bytes > config!(max_size_bytes))
     {
         // Its free is one of a block that is not in the books.
         thread.last_freed = 0;
         return None;
     }
-    ledger::record(regs, state, scope, address, pending.size_bytes);
+    let (size_bytes, weight) = (pending.size_bytes, pending.weight);
+    ledger::record(regs, state, scope, address, size_bytes, weight);
     Some(())
 }
 
@@ -249,7 +284,7 @@ pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
 fn free(ctx: &ProbeContext) -> Option<()> {
     let cookie = cookie(ctx.as_ptr());
     let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
-    let address = Registers::of(ctx.regs).get(cookie.pointer());
+    let address = registers::get(ctx.regs, cookie.pointer());
     if address == 0 {
         return None;
     }
@@ -291,7 +326,7 @@ fn free(ctx: &ProbeContext) -> Option<()> {
 #[uprobe]
 pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
     let pid_tgid = pid_tgid();
-    for family in 0..=CONFIG.load().families {
+    for family in 0..=config!(families) {
         if let Some(thread) = thread::find(ThreadKey::new(pid_tgid, family as Family)) {
             // Without a pending call the mark has no meaning.
             thread.pending.jumped = 1;
@@ -304,6 +339,9 @@ pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn untracked_free(state: &Instance) {
     let counter = (&raw const state.untracked_frees).cast_mut();
-    // SAFETY: an aligned field of a live map element.
-    unsafe { add_u64(counter, 1) };
+    // Where blocks stand for others, it may be of one of these.
+    if state.was_sampled == 0 {
+        // SAFETY: an aligned field of a live map element.
+        unsafe { add_u64(counter, 1) };
+    }
 }

@@ -21,7 +21,7 @@ use crate::{
     missed,
     pending::{self, Pending},
     probes::{cookie, pid_tgid, refuse_private_stack},
-    registers::Registers,
+    registers,
     thread::{self, ThreadKey},
 };
 
@@ -88,11 +88,10 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         missed::count(Missed::AbandonedCalls);
         tell(RangeStep::Failed, pending, 0, 0, 0);
     }
-    let registers = Registers::of(regs);
     pending.cookie = cookie.0;
-    pending.size_bytes = whole_pages(registers.get(cookie.size()));
-    pending.out_pointer = whole_pages(registers.get(cookie.count()));
-    pending.old_address = registers.get(cookie.pointer());
+    pending.size_bytes = whole_pages(registers::get(regs, cookie.size()));
+    pending.out_pointer = whole_pages(registers::get(regs, cookie.count()));
+    pending.old_address = registers::get(regs, cookie.pointer());
     pending.old_taken = 0;
     pending.instance = instance;
     // SAFETY: a live map element.

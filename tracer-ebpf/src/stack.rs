@@ -23,7 +23,7 @@ use crate::{
     atomic::swap_u32,
     call::{self, Called},
     kernel,
-    maps::{CONFIG, COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS},
+    maps::{COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS, config},
     pending,
     trail::{Start, Trail},
     unwind::{self, Code, SegmentList},
@@ -119,7 +119,7 @@ impl Stack {
             walk.frame_pointer_place = IN_REGISTER;
             walk.unknown_code = 0;
             walk.is_passing = 0;
-            walk.trampoline = if CONFIG.load().families == 0 {
+            walk.trampoline = if config!(families) == 0 {
                 0
             } else {
                 pending::trampoline_of((&raw const *state).cast_mut()).unwrap_or(0)
@@ -141,7 +141,7 @@ impl Stack {
         unsafe {
             (*scratch).walk.has_trail = u64::from(self.has_trail);
             bpf_loop(
-                CONFIG.load().max_depth,
+                config!(max_depth),
                 step as *const () as *mut c_void,
                 (&raw mut context).cast::<c_void>(),
                 0,
@@ -190,7 +190,7 @@ impl Stack {
     pub(crate) fn wants_copy(&self) -> bool {
         // SAFETY: claimed by this walk.
         let end = unsafe { (*self.scratch).event.end };
-        CONFIG.load().copy_all_stacks != 0
+        config!(copy_all_stacks) != 0
             || (end != StackEnd::Root as u32 && end != StackEnd::DepthLimit as u32)
     }
 
@@ -236,7 +236,7 @@ impl Stack {
 /// cell rate algorithm, ITU-T I.371).
 #[inline(always)]
 pub(crate) fn may_copy(state: &Instance) -> bool {
-    if CONFIG.load().copy_all_stacks != 0 {
+    if config!(copy_all_stacks) != 0 {
         return true;
     }
     let paid_until = (&raw const state.stack_copies_until_ns).cast_mut();
@@ -615,7 +615,7 @@ impl Scratch {
     fn read_return_address(&mut self, place: u64, trail: *mut Trail) -> Result<u64, StackEnd> {
         let address = self.read(place)?;
         // The allocators' calls inside each other are not recorded, so without others none is met.
-        if CONFIG.load().families == 0 || address != self.walk.trampoline {
+        if config!(families) == 0 || address != self.walk.trampoline {
             self.note(trail, place, address);
             return Ok(address);
         }

@@ -6,7 +6,7 @@
 use tracer_common::{alloc_spec::Family, instance::Instance, missed::Missed};
 
 use crate::{
-    atomic::compare_swap_u64,
+    atomic::{add_u64, compare_swap_u64},
     maps::{INSTANCES, PROCESSES, THREADS},
     missed,
     pending::Pending,
@@ -71,7 +71,7 @@ fn element(index: u32) -> Option<*mut Thread> {
     THREADS.get_ptr_mut(index & (SLOTS - 1))
 }
 
-/// What is known of a thread in a family. Two cache lines, which only that thread writes.
+/// What is known of a thread in a family. Three cache lines, which only that thread writes.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(crate) struct Thread {
@@ -86,11 +86,41 @@ pub(crate) struct Thread {
     /// own. Frees have no return probe, so nobody knows when one is over; but the inner one comes before
     /// anything else of its kind that the thread does.
     pub(crate) last_freed: u64,
+    /// How far it is to the next block that is sampled, in
+    /// [`tracer_common::sampling::INTERVAL_UNITS`]; 0 if that is not known yet.
+    pub(crate) until_sample: u64,
+    /// Entries and returns that were seen of it: every [`COUNTED_AT_ONCE`] of them count for the instance,
+    /// whose counters all its threads share.
+    entries: u32,
+    returns: u32,
     /// The call that it is in.
     pub(crate) pending: Pending,
 }
 
+/// A power of two.
+const COUNTED_AT_ONCE: u32 = 64;
+
 impl Thread {
+    /// A function was entered.
+    #[inline(always)]
+    fn count_entry(&mut self, state: *mut Instance) {
+        self.entries = self.entries.wrapping_add(1);
+        if self.entries & (COUNTED_AT_ONCE - 1) == 0 {
+            // SAFETY: an aligned field of a live map element.
+            unsafe { add_u64(&raw mut (*state).entries, u64::from(COUNTED_AT_ONCE)) };
+        }
+    }
+
+    /// A function returned.
+    #[inline(always)]
+    pub(crate) fn count_return(&mut self, state: *mut Instance) {
+        self.returns = self.returns.wrapping_add(1);
+        if self.returns & (COUNTED_AT_ONCE - 1) == 0 {
+            // SAFETY: as above.
+            unsafe { add_u64(&raw mut (*state).returns, u64::from(COUNTED_AT_ONCE)) };
+        }
+    }
+
     /// The instance that the thread's process is, if it records.
     #[inline(always)]
     fn armed_instance(&mut self) -> Option<(u32, *mut Instance)> {
@@ -140,6 +170,7 @@ pub(crate) fn recorded(key: ThreadKey) -> Option<(&'static mut Thread, u32, *mut
         }
     };
     let (instance, state) = thread.armed_instance()?;
+    thread.count_entry(state);
     Some((thread, instance, state))
 }
 
@@ -180,6 +211,7 @@ pub(crate) fn forget(key: ThreadKey) {
     thread.instance = 0;
     thread.generation = 0;
     thread.last_freed = 0;
+    thread.until_sample = 0;
     thread.pending.return_slot = 0;
     // SAFETY: an aligned field of a live map element.
     unsafe { (&raw mut thread.key).write_volatile(0) };

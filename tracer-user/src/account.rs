@@ -18,9 +18,10 @@ use tracer_common::{
 
 use crate::{
     definitions::Definitions,
-    discover::process::Process,
+    discover::{allocators::Call, process::Process},
     files::Location,
     report::{Exit, FamilyReport, ProcessReport, SiteReport, Totals},
+    sampling::Variances,
     stacks::{Stack, StackQuality},
     symbolize::Names,
     target::{End, Target},
@@ -119,6 +120,8 @@ pub struct SiteAccount {
     pub freed_bytes: u64,
     /// Frees that were not seen here.
     pub missed_frees: u64,
+    /// Of the figures above.
+    pub variances: Variances,
     /// Where it is; none if that is not known.
     pub stack: Option<Rc<Stack>>,
     /// Its live blocks, if they were looked at and there were any.
@@ -133,6 +136,7 @@ impl SiteAccount {
         self.alloc_bytes += other.alloc_bytes;
         self.freed_bytes += other.freed_bytes;
         self.missed_frees += other.missed_frees;
+        self.variances.add(&other.variances);
         match (&mut self.ages, &other.ages) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
             (ours, theirs) => *ours = ours.or(*theirs),
@@ -146,6 +150,22 @@ impl SiteAccount {
     const fn live_bytes(&self) -> u64 {
         self.alloc_bytes.saturating_sub(self.freed_bytes)
     }
+}
+
+/// Whether a stack leads through a function of the family that allocates. Where not all calls are recorded,
+/// nobody knows of a call inside another that it is: that one stood for it, or others did.
+fn is_nested(stack: &Stack, family: Family) -> bool {
+    stack.frames().iter().any(|location| match location {
+        Location::File(file, offset) => file.module.as_ref().is_ok_and(|module| {
+            let mut functions = module.functions.iter();
+            functions.any(|function| {
+                matches!(function.call, Call::Alloc(_))
+                    && function.family == family
+                    && function.has(*offset)
+            })
+        }),
+        _ => false,
+    })
 }
 
 /// A site's identity, the same in every session: it depends on the binaries and the places in them
@@ -218,8 +238,11 @@ impl Account {
         let mut sites: HashMap<SiteId, SiteAccount> = HashMap::new();
         for (id, site) in figures.sites {
             let stack = figures.stacks.get(id);
-            quality.add(stack.map(AsRef::as_ref), site.allocs);
             let family = Family::try_from(site.family).unwrap_or(HEAP);
+            if state.was_sampled != 0 && stack.is_some_and(|stack| is_nested(stack, family)) {
+                continue;
+            }
+            quality.add(stack.map(AsRef::as_ref), site.allocs);
             let name = figures.definitions.family(family);
             let places = stack.map_or(&[][..], |stack| stack.frames());
             let account = SiteAccount {
@@ -229,6 +252,7 @@ impl Account {
                 alloc_bytes: site.alloc_bytes,
                 freed_bytes: site.freed_bytes,
                 missed_frees: site.missed_frees,
+                variances: Variances::of(site),
                 stack: stack.cloned(),
                 ages: figures.ages.get(id).copied(),
             };
@@ -321,8 +345,11 @@ impl Account {
                 (number, report)
             })
             .collect();
+        let mut variances: BTreeMap<Option<Family>, Variances> = BTreeMap::new();
         let mut sites = Vec::with_capacity(self.sites.len());
         for (id, site) in &self.sites {
+            let of = families.contains_key(&site.family).then_some(site.family);
+            variances.entry(of).or_default().add(&site.variances);
             let family = families.get_mut(&site.family);
             let name = family.as_ref().map(|family| family.name.clone());
             let totals = family.map_or(&mut totals, |family| &mut family.totals);
@@ -340,6 +367,11 @@ impl Account {
             totals.live_blocks = totals.allocs.saturating_sub(totals.frees);
             totals.live_bytes = totals.alloc_bytes.saturating_sub(totals.freed_bytes);
             totals.peak_live_bytes = totals.peak_live_bytes.max(totals.live_bytes);
+        }
+        let margins_of = |of: Option<Family>| variances.get(&of).and_then(Variances::margins);
+        totals.margins = margins_of(None);
+        for (number, family) in &mut families {
+            family.totals.margins = margins_of(Some(*number));
         }
         SiteReport::sort(&mut sites);
         ProcessReport {
@@ -395,6 +427,7 @@ impl SiteAccount {
             freed_bytes: self.freed_bytes,
             live_blocks,
             live_bytes,
+            margins: self.variances.margins(),
             oldest_s: self
                 .ages
                 .filter(|_| live_blocks > 0)

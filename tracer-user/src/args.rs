@@ -201,6 +201,10 @@ pub struct TraceOptions {
     /// Do not record blocks larger than N bytes
     #[arg(short = 'Z', long, value_name = "N", default_value_t = u64::MAX, hide_default_value = true)]
     pub max_size: u64,
+    /// Sample by bytes: record a block for every so many bytes on average, which stands for others
+    /// (`512k`); costs less memory and time, and figures get margins of error
+    #[arg(long, value_name = "BYTES", value_parser = byte_size)]
+    pub sample_bytes: Option<u64>,
     /// Probe only the allocator in this file (a path, or the file's name)
     #[arg(short = 'O', long, value_name = "FILE")]
     pub object: Option<PathBuf>,
@@ -261,6 +265,9 @@ pub struct TraceOptions {
     /// Attach by perf links even where the kernel has uprobe_multi
     #[arg(long, hide = true)]
     pub perf_links: bool,
+    /// Have one program at entries and another at returns even where one can be at both
+    #[arg(long, hide = true)]
+    pub no_sessions: bool,
     /// Attach programs that only do this, to measure what it costs
     #[arg(long, hide = true, value_name = "WHAT")]
     pub measure: Option<Measure>,
@@ -274,6 +281,7 @@ impl Default for TraceOptions {
         Self {
             min_size: 0,
             max_size: u64::MAX,
+            sample_bytes: None,
             object: None,
             symbol_prefix: None,
             pairs: Pairs::default(),
@@ -288,6 +296,7 @@ impl Default for TraceOptions {
             follow: false,
             force: false,
             perf_links: false,
+            no_sessions: false,
             measure: None,
             max_depth: DEFAULT_MAX_DEPTH,
             unwind_memory: DEFAULT_UNWIND_MIB,
@@ -570,6 +579,27 @@ fn limit(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(limit) if limit > 0 => Ok(limit),
         _ => Err("it must be a number from 1 on".to_owned()),
+    }
+}
+
+/// A number of bytes up to 1 GiB, as `524288`, `512k`, `512KiB` or `1M`.
+fn byte_size(text: &str) -> Result<u64, String> {
+    const MOST: u64 = 1 << 30;
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = text[digits.len()..].to_ascii_lowercase();
+    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        _ => return Err("it is no number of bytes (as 524288, 512k or 1M)".to_owned()),
+    };
+    let Ok(number) = digits.parse::<u64>() else {
+        return Err("it is no number of bytes (as 524288, 512k or 1M)".to_owned());
+    };
+    match number.checked_mul(1 << shift) {
+        Some(bytes) if (1..=MOST).contains(&bytes) => Ok(bytes),
+        _ => Err("it must be from 1 byte to 1 GiB".to_owned()),
     }
 }
 

@@ -106,18 +106,25 @@ impl Attachments {
         let mut allocating = points(&|call| is_alloc(call) && call.gives_up_a_block());
         allocating.extend(points(&|call| is_alloc(call) && !call.gives_up_a_block()));
         let mapping = points(&|call| matches!(call, Call::Range(_)));
-        let programs = [
+        let mut programs = vec![
             (ProbeProgram::JumpEnter, points(&|call| call == Call::Jump)),
             (ProbeProgram::FreeEnter, points(&Call::frees)),
-            (ProbeProgram::AllocExit, allocating.clone()),
-            (ProbeProgram::AllocEnter, allocating),
-            (ProbeProgram::RangeExit, mapping.clone()),
-            (ProbeProgram::RangeEnter, mapping),
-        ]
-        .map(|(program, points)| {
-            let program = measure.map_or(program, |measure| program.measuring(measure));
-            (program, points)
-        });
+        ];
+        // What a walk costs is measured by a return probe of its own.
+        let is_measured_apart = matches!(measure, Some(Measure::Walk | Measure::KernelWalk));
+        if tracer.attacher().has_sessions() && !is_measured_apart {
+            programs.push((ProbeProgram::AllocCall, allocating));
+        } else {
+            programs.push((ProbeProgram::AllocExit, allocating.clone()));
+            programs.push((ProbeProgram::AllocEnter, allocating));
+        }
+        programs.push((ProbeProgram::RangeExit, mapping.clone()));
+        programs.push((ProbeProgram::RangeEnter, mapping));
+        if let Some(measure) = measure {
+            for (program, _) in &mut programs {
+                *program = program.measuring(measure);
+            }
+        }
         self.attach(tracer, pid, segment, &programs)
     }
 

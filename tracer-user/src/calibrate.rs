@@ -159,7 +159,7 @@ fn time_of(function: extern "C" fn(), calls: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bpf::tracer::Limits;
+    use crate::bpf::{links::Allowed, tracer::Limits};
 
     /// First bytes of the probed functions: a breakpoint is 0xcc.
     fn first_bytes() -> [u8; 3] {
@@ -186,9 +186,9 @@ mod tests {
         assert_eq!(cost.of_call(false, true), 9500);
     }
 
-    fn measured_without_traces(perf_links: bool) {
+    fn measured_without_traces(links: Allowed) {
         let before = first_bytes();
-        let mut tracer = Tracer::load(Limits::LEAST, perf_links).unwrap();
+        let mut tracer = Tracer::load(Limits::LEAST, links).unwrap();
         let start = Instant::now();
         let cost = measure(&mut tracer).unwrap();
         eprintln!("{cost:?} in {:?}", start.elapsed());
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn probes_are_measured_and_leave_no_breakpoint() {
         // One after the other: the functions are the same.
-        measured_without_traces(false);
-        measured_without_traces(true);
+        measured_without_traces(Allowed::All);
+        measured_without_traces(Allowed::PerfLinks);
     }
 }

@@ -10,7 +10,10 @@ use aya::{
 };
 use serde::{Serialize, Serializer};
 
-use crate::{bpf::kernel_types::VMLINUX_BTF, probe_point::Emulation};
+use crate::{
+    bpf::{kernel_types::VMLINUX_BTF, links::Allowed},
+    probe_point::Emulation,
+};
 
 /// Major, minor and patch number of a kernel.
 ///
@@ -398,13 +401,22 @@ impl Host {
     /// Whether `uprobe_multi` links for one process see all of its threads: not before 6.10, 6.9.5
     /// and 6.6.35, where a link compares threads instead of processes.
     #[must_use]
-    pub fn trusts_uprobe_multi(&self) -> bool {
+    fn trusts_uprobe_multi(&self) -> bool {
         self.version
             .is_some_and(|version| match (version.major, version.minor) {
                 (6, 6) => version.patch >= 35,
                 (6, 9) => version.patch >= 5,
                 newer_or_older => newer_or_older >= (6, 10),
             })
+    }
+
+    /// What links may be made.
+    #[must_use]
+    pub fn links(&self) -> Allowed {
+        match self.trusts_uprobe_multi() {
+            true => Allowed::All,
+            false => Allowed::PerfLinks,
+        }
     }
 
     /// What this kernel emulates at a probe.

@@ -26,6 +26,7 @@ pub mod preflight;
 pub mod probe_point;
 pub mod ranges;
 pub mod report;
+pub mod sampling;
 pub mod session;
 pub mod signals;
 pub mod stacks;

@@ -2,13 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use tracer_common::{
-    alloc_spec::Family,
-    event::RangeStep,
-    histogram::{BIRTH_SLICES, LIFETIME_SLOTS},
-    ledger::Block,
-    site::Site,
-};
+use tracer_common::{alloc_spec::Family, event::RangeStep, ledger::Block, site::Site};
 
 use crate::account::Ages;
 
@@ -192,14 +186,9 @@ impl Ranges {
                 alloc_bytes: figures.alloc_bytes,
                 frees: figures.frees,
                 freed_bytes: figures.freed_bytes,
-                stack_hash: 0,
                 instance,
-                stack_sent: 0,
-                missed_frees: 0,
                 family: u32::from(family),
-                padding: 0,
-                lifetimes: [0; LIFETIME_SLOTS],
-                births: [0; BIRTH_SLICES],
+                ..Site::default()
             };
             (*id, site)
         })

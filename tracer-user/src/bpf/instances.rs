@@ -71,6 +71,8 @@ impl Tracer {
             overflow_site,
             generation,
             tgid: pid,
+            rate: self.rate,
+            was_sampled: self.rate,
             ..Instance::default()
         };
         // SAFETY: no program uses this instance before the membership below names it.

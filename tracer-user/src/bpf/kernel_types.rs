@@ -9,11 +9,18 @@ use tracer_common::config::Config;
 /// The running kernel's BTF.
 pub const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Fills in the offsets of a [`Config`].
+/// The kernel's functions that programs call, by their number in its BTF.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Functions {
+    /// `bpf_session_is_return`, which says to a session's program where it runs (6.13).
+    pub session_is_return: Option<u32>,
+}
+
+/// Fills in the offsets of a [`Config`], and looks for functions.
 ///
 /// Fails if the kernel has no BTF or lacks a field: then it cannot be traced, and the message says
 /// what is missing.
-pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
+pub fn read(config: &mut Config) -> anyhow::Result<Functions> {
     if !Path::new(VMLINUX_BTF).exists() {
         bail!(
             "this kernel has no BTF ({VMLINUX_BTF}): unfreed needs Linux 5.17 or later built with \
@@ -35,7 +42,16 @@ pub fn offsets(config: &mut Config) -> anyhow::Result<()> {
         config.task_utask = 0;
         log::info!("{error:#}: stacks inside calls that are counted themselves end there");
     }
-    Ok(())
+    Ok(Functions {
+        session_is_return: function(&btf, "bpf_session_is_return"),
+    })
+}
+
+/// Number of a function.
+fn function(btf: &Btf, name: &str) -> Option<u32> {
+    let ids = btf.resolve_ids_by_name(name).ok()?;
+    ids.into_iter()
+        .find(|id| matches!(btf.resolve_type_by_id(*id), Ok(Type::Func(_))))
 }
 
 fn return_addresses(btf: &Btf, config: &mut Config) -> anyhow::Result<()> {
@@ -108,10 +124,12 @@ mod tests {
     #[test]
     fn fields_of_the_running_kernel_are_found() {
         let mut config = Config::default();
-        offsets(&mut config).unwrap();
+        let functions = read(&mut config).unwrap();
         assert!(config.task_tgid > 0 && config.task_mm > 0 && config.mm_xol_area > 0);
         assert_ne!(config.task_tgid, config.task_exit_code);
         assert!(config.task_utask > 0 && config.return_instance_address > 0);
+        // The running kernel has sessions.
+        assert!(functions.session_is_return.is_some_and(|id| id > 0));
     }
 
     #[test]

@@ -5,14 +5,14 @@
 
 use std::{
     num::NonZeroU32,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     path::Path,
     sync::{Mutex, PoisonError},
     thread,
     time::Instant,
 };
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use aya::{
     Ebpf,
     programs::{
@@ -21,7 +21,11 @@ use aya::{
     },
 };
 
-use super::uprobe_multi;
+use super::{
+    kernel_types::Functions,
+    sys::AttachType,
+    uprobe_multi::{Programs, Source},
+};
 
 /// A program that stands at probe points.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +34,8 @@ pub enum ProbeProgram {
     AllocEnter,
     /// At their return.
     AllocExit,
+    /// At both, where the kernel has sessions.
+    AllocCall,
     /// At functions that free.
     FreeEnter,
     /// At functions that abandon calls.
@@ -44,6 +50,10 @@ pub enum ProbeProgram {
     NothingEnter,
     /// At a return, doing nothing.
     NothingExit,
+    /// At both.
+    NothingCall,
+    /// At an entry, without a return.
+    SkipCall,
     /// At a return, walking the stack and nothing else: to measure what that costs.
     WalkExit,
     /// At a return, having the kernel walk the stack by frame pointers.
@@ -55,6 +65,8 @@ pub enum ProbeProgram {
 pub enum Measure {
     /// The probes alone.
     Nothing,
+    /// The probes alone, without return probes where the kernel has sessions.
+    Skip,
     /// The walk of the stack.
     Walk,
     /// The kernel's own walk of the stack, by frame pointers.
@@ -62,9 +74,10 @@ pub enum Measure {
 }
 
 impl ProbeProgram {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 14] = [
         Self::AllocEnter,
         Self::AllocExit,
+        Self::AllocCall,
         Self::FreeEnter,
         Self::JumpEnter,
         Self::RangeEnter,
@@ -72,6 +85,8 @@ impl ProbeProgram {
         Self::LoaderReport,
         Self::NothingEnter,
         Self::NothingExit,
+        Self::NothingCall,
+        Self::SkipCall,
         Self::WalkExit,
         Self::KernelWalkExit,
     ];
@@ -82,6 +97,7 @@ impl ProbeProgram {
         match self {
             Self::AllocEnter => "alloc_enter",
             Self::AllocExit => "alloc_exit",
+            Self::AllocCall => "alloc_call",
             Self::FreeEnter => "free_enter",
             Self::JumpEnter => "jump_enter",
             Self::RangeEnter => "range_enter",
@@ -89,6 +105,8 @@ impl ProbeProgram {
             Self::LoaderReport => "loader_report",
             Self::NothingEnter => "nothing_enter",
             Self::NothingExit => "nothing_exit",
+            Self::NothingCall => "nothing_call",
+            Self::SkipCall => "skip_call",
             Self::WalkExit => "walk_exit",
             Self::KernelWalkExit => "kernel_walk_exit",
         }
@@ -97,12 +115,23 @@ impl ProbeProgram {
     /// The program that stands in for this one when only that is to be measured.
     #[must_use]
     pub const fn measuring(self, measure: Measure) -> Self {
+        if self.is_session() {
+            return match measure {
+                Measure::Skip => Self::SkipCall,
+                _ => Self::NothingCall,
+            };
+        }
         match (self.is_return(), measure) {
             (false, _) => Self::NothingEnter,
-            (true, Measure::Nothing) => Self::NothingExit,
+            (true, Measure::Nothing | Measure::Skip) => Self::NothingExit,
             (true, Measure::Walk) => Self::WalkExit,
             (true, Measure::KernelWalk) => Self::KernelWalkExit,
         }
+    }
+
+    /// Whether it runs at entries and returns.
+    const fn is_session(self) -> bool {
+        matches!(self, Self::AllocCall | Self::NothingCall | Self::SkipCall)
     }
 
     const fn is_return(self) -> bool {
@@ -174,34 +203,98 @@ pub fn detach(links: Vec<Link>) {
     log::info!("{count} links taken away in {:?}", start.elapsed());
 }
 
+/// What links may be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Allowed {
+    /// Perf links only.
+    PerfLinks,
+    /// No sessions.
+    NoSessions,
+    /// Those that the kernel has.
+    All,
+}
+
 /// How this kernel attaches.
 #[derive(Debug)]
 pub enum Attacher {
-    /// By `uprobe_multi` links.
-    Multi(uprobe_multi::Programs),
+    /// By `uprobe_multi` links, and by those of sessions if there are.
+    Multi {
+        /// Programs that run at an entry or at a return.
+        programs: Programs,
+        /// Programs that run at both.
+        sessions: Option<Programs>,
+    },
     /// By perf links, one a point.
     Perf,
 }
 
 impl Attacher {
-    /// Finds out what the kernel has, by trying, and loads the programs accordingly; `perf` leaves
-    /// out `uprobe_multi`.
-    pub fn load(object: &[u8], ebpf: &mut Ebpf, perf: bool) -> anyhow::Result<Self> {
-        let names = ProbeProgram::ALL.map(ProbeProgram::name);
-        if !perf {
-            let maps = super::tracer::map_descriptors(ebpf);
-            match uprobe_multi::Programs::load(object, &maps, &names) {
-                Ok(programs) if programs.are_usable() => return Ok(Self::Multi(programs)),
-                Ok(_) => log::info!("this kernel has no uprobe_multi links"),
+    /// Finds out what the kernel has, by trying, and loads the programs accordingly.
+    pub fn load(
+        object: &[u8],
+        ebpf: &mut Ebpf,
+        functions: Functions,
+        allowed: Allowed,
+    ) -> anyhow::Result<Self> {
+        let names = |session: bool| -> Vec<&str> {
+            let programs = ProbeProgram::ALL.into_iter();
+            programs
+                .filter(|program| program.is_session() == session)
+                .map(ProbeProgram::name)
+                .collect()
+        };
+        if allowed != Allowed::PerfLinks {
+            let source = Source {
+                object,
+                maps: &super::tracer::map_descriptors(ebpf),
+                functions,
+            };
+            let load = |session, attach_type| {
+                let programs = Programs::load(&source, attach_type, &names(session))?;
+                ensure!(programs.are_usable(), "this kernel does not have them");
+                Ok(programs)
+            };
+            match load(false, AttachType::UprobeMulti) {
+                Ok(programs) => {
+                    let sessions = match allowed {
+                        Allowed::All => load(true, AttachType::UprobeSession)
+                            .inspect_err(|error| log::info!("no uprobe sessions: {error:#}"))
+                            .ok(),
+                        _ => None,
+                    };
+                    return Ok(Self::Multi { programs, sessions });
+                }
                 Err(error) => log::info!("no uprobe_multi links: {error:#}"),
             }
         }
-        for name in names {
+        for name in names(false) {
             uprobe(ebpf, name)?
                 .load()
                 .with_context(|| format!("failed to load program {name}"))?;
         }
         Ok(Self::Perf)
+    }
+
+    /// Whether one program can run at a function's entry and its return, and leave the latter out.
+    #[must_use]
+    pub const fn has_sessions(&self) -> bool {
+        matches!(
+            self,
+            Self::Multi {
+                sessions: Some(_),
+                ..
+            }
+        )
+    }
+
+    /// The programs that are loaded otherwise than by aya, by name.
+    pub(super) fn descriptors(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
+        let loaded = match self {
+            Self::Multi { programs, sessions } => [Some(programs), sessions.as_ref()],
+            Self::Perf => [None, None],
+        };
+        let loaded = loaded.into_iter().flatten();
+        loaded.flat_map(Programs::descriptors)
     }
 
     /// Whether a probe for one process sees calls of its vfork child, which works in its memory under
@@ -215,7 +308,7 @@ impl Attacher {
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::Multi(_) => "uprobe_multi",
+            Self::Multi { .. } => "uprobe_multi",
             Self::Perf => "perf",
         }
     }
@@ -234,7 +327,11 @@ impl Attacher {
         }
         let context = || format!("failed to attach {} to {}", program.name(), file.display());
         match self {
-            Self::Multi(programs) => {
+            Self::Multi { programs, sessions } => {
+                let programs = match program.is_session() {
+                    true => sessions.as_ref().with_context(context)?,
+                    false => programs,
+                };
                 let points: Vec<_> = points
                     .iter()
                     .map(|point| (point.file_offset, point.cookie))

@@ -8,9 +8,7 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_insn, bpf_map_type, bpf_prog_type,
-};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_insn, bpf_map_type, bpf_prog_type};
 
 /// Calls `bpf(2)`.
 fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -63,12 +61,23 @@ pub(super) fn program_array() -> io::Result<OwnedFd> {
     bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr).map(owned)
 }
 
+/// What links uprobe programs are loaded for; numbers of `enum bpf_attach_type`, of which `aya_obj` does not
+/// have the second.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachType {
+    /// `BPF_TRACE_UPROBE_MULTI`: at an entry or a return.
+    UprobeMulti = 48,
+    /// `BPF_TRACE_UPROBE_SESSION`: at both.
+    UprobeSession = 57,
+}
+
 /// A uprobe program to be loaded.
 pub(super) struct Program<'a> {
     pub(super) name: &'a str,
     pub(super) instructions: &'a [bpf_insn],
     pub(super) license: &'a CStr,
-    pub(super) attach_type: bpf_attach_type,
+    pub(super) attach_type: AttachType,
     pub(super) btf: Option<BorrowedFd<'a>>,
     pub(super) func_info: &'a [u8],
     pub(super) func_info_record_bytes: usize,
@@ -111,36 +120,44 @@ pub(super) fn program_info(
     Ok(info)
 }
 
-/// Attaches a program to several offsets of a file at once; only the given process is seen, or all if
-/// that is 0.
-pub(super) fn link_uprobe_multi(
-    program: BorrowedFd<'_>,
-    path: &CStr,
-    offsets: &[u64],
-    cookies: &[u64],
-    returns: bool,
-    pid: u32,
-) -> io::Result<OwnedFd> {
+/// A program to be attached to several offsets of a file at once.
+pub(super) struct UprobeMulti<'a> {
+    pub(super) program: BorrowedFd<'a>,
+    /// What the program was loaded for.
+    pub(super) attach_type: AttachType,
+    pub(super) path: &'a CStr,
+    pub(super) offsets: &'a [u64],
+    /// One an offset.
+    pub(super) cookies: &'a [u64],
+    /// At the functions' returns.
+    pub(super) returns: bool,
+    /// The only process that is seen; all are if it is 0.
+    pub(super) pid: u32,
+}
+
+/// Attaches a program.
+pub(super) fn link_uprobe_multi(wanted: &UprobeMulti<'_>) -> io::Result<OwnedFd> {
     const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
+    let (offsets, cookies) = (wanted.offsets, wanted.cookies);
     assert_eq!(offsets.len(), cookies.len(), "one cookie an offset");
     let mut attr = zeroed();
-    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+    attr.link_create.__bindgen_anon_1.prog_fd = wanted.program.as_raw_fd() as u32;
     // SAFETY: the members that the command reads for this attach type.
     let (link, multi) = unsafe {
         let link = &raw mut attr.link_create;
         (&mut *link, &mut (*link).__bindgen_anon_3.uprobe_multi)
     };
-    multi.path = path.as_ptr() as u64;
+    multi.path = wanted.path.as_ptr() as u64;
     multi.offsets = offsets.as_ptr() as u64;
     multi.cookies = cookies.as_ptr() as u64;
     multi.cnt = offsets.len() as u32;
-    multi.flags = if returns {
+    multi.flags = if wanted.returns {
         BPF_F_UPROBE_MULTI_RETURN
     } else {
         0
     };
-    multi.pid = pid;
-    link.attach_type = bpf_attach_type::BPF_TRACE_UPROBE_MULTI as u32;
+    multi.pid = wanted.pid;
+    link.attach_type = wanted.attach_type as u32;
     bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(owned)
 }
 

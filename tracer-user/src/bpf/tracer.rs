@@ -20,6 +20,7 @@ use tracer_common::{
     instance::{Instance, MAX_INSTANCES},
     ledger::Bucket,
     missed::Missed,
+    sampling::{MAX_RATES, Rate},
     site::{Site, first_reserved},
     unwind::Segment,
 };
@@ -28,11 +29,12 @@ use super::{
     blocks::Rooms,
     instances::number_instances,
     kernel_types,
-    links::{Attacher, Link, Point, ProbeProgram, Scope},
+    links::{Allowed, Attacher, Link, Point, ProbeProgram, Scope},
     maps::MappedArray,
     sites::number_reserved_sites,
     tables::{CHUNK_BYTES, UnwindMaps},
 };
+use crate::sampling;
 
 /// The compiled BPF programs, for the architecture of this build.
 #[cfg(target_arch = "x86_64")]
@@ -65,6 +67,8 @@ pub struct Limits {
     pub unwind_bytes: u64,
     /// Whether the memory of complete stacks is copied too, so that they can be checked.
     pub copy_all_stacks: bool,
+    /// Of how many bytes one is sampled, on average; none if every call is recorded.
+    pub sample_bytes: Option<u64>,
     /// Which processes are recorded from when they execute a program on.
     pub starts: Starts,
     /// The highest number of a family that is probed.
@@ -83,6 +87,7 @@ impl Limits {
         max_depth: 1,
         unwind_bytes: CHUNK_BYTES,
         copy_all_stacks: false,
+        sample_bytes: None,
         starts: Starts::NONE,
         families: HEAP,
     };
@@ -138,6 +143,8 @@ pub struct Tracer {
     pub(super) sites: MappedArray<Site>,
     /// One element: how many sites were handed out.
     pub(super) site_count: MappedArray<u64>,
+    /// [`Instance::rate`] of instances.
+    pub(super) rate: u32,
     pub(super) max_sites: u32,
     pub(super) families: Family,
     /// Diagnostics of the programs, where they are asked for.
@@ -147,8 +154,8 @@ pub struct Tracer {
 impl Tracer {
     /// Loads programs and maps into the kernel. Nothing is attached to any process yet.
     ///
-    /// `perf_links` attaches by perf links even where the kernel has `uprobe_multi`.
-    pub fn load(limits: Limits, perf_links: bool) -> anyhow::Result<Self> {
+    /// `links` says what links may be made where the kernel has them.
+    pub fn load(limits: Limits, links: Allowed) -> anyhow::Result<Self> {
         // Found out first: the kernel may answer a map that is too large by killing us.
         if crate::cgroup::memory_limit_bytes().is_some_and(|limit| limit < limits.total_bytes()) {
             return Err(no_memory(&limits));
@@ -169,9 +176,10 @@ impl Tracer {
             starts: limits.starts,
             families: u32::from(limits.families),
             ledger_buckets: rooms.buckets,
+            rate: u32::from(limits.sample_bytes.is_some()),
             ..Config::default()
         };
-        kernel_types::offsets(&mut config)?;
+        let functions = kernel_types::read(&mut config)?;
         // Without it the programs' log statements are dead code that the verifier removes.
         let log_level: u8 = if log::log_enabled!(log::Level::Debug) {
             4
@@ -208,7 +216,7 @@ impl Tracer {
                 .with_context(|| format!("failed to attach to the kernel's tracepoint {name}"))?;
             starts.insert(name, link);
         }
-        let attacher = Attacher::load(OBJECT, &mut ebpf, perf_links)?;
+        let attacher = Attacher::load(OBJECT, &mut ebpf, functions, links)?;
         // Last, as it takes its map away from where a second loader looks for it.
         let log = match log_level {
             0 => None,
@@ -222,6 +230,16 @@ impl Tracer {
             .context("failed to map the ledger")?;
         let site_count = MappedArray::new(data(&ebpf, "SITE_COUNT")?, 1)
             .context("failed to map the count of sites")?;
+        let rates = MappedArray::<Rate>::new(data(&ebpf, "RATES")?, MAX_RATES as usize)
+            .context("failed to map the rates of sampling")?;
+        if let Some(sample_bytes) = limits.sample_bytes {
+            // SAFETY: a live element that no program uses before an instance has its number.
+            unsafe {
+                rates
+                    .pointer(0)
+                    .write_volatile(sampling::rate(sample_bytes))
+            };
+        }
         let tables = MappedArray::new(data(&ebpf, "TABLES")?, limits.table_chunks() as usize)
             .context("failed to map the unwind tables")?;
         let segments = MappedArray::new(data(&ebpf, "SEGMENTS")?, SEGMENTS as usize)
@@ -235,6 +253,7 @@ impl Tracer {
             buckets,
             sites,
             site_count,
+            rate: config.rate,
             max_sites: limits.max_sites,
             families: limits.families,
             log,
@@ -272,12 +291,8 @@ impl Tracer {
             // Those that the attacher loads itself are not loaded here.
             Some((name, program.fd().ok()?.as_fd()))
         });
-        let own = match &self.attacher {
-            Attacher::Multi(programs) => Some(programs.descriptors()),
-            Attacher::Perf => None,
-        };
         let mut programs = loaded
-            .chain(own.into_iter().flatten())
+            .chain(self.attacher.descriptors())
             .map(|(name, fd)| {
                 let info = super::sys::program_info(fd)
                     .with_context(|| format!("failed to ask about BPF program {name}"))?;
@@ -458,7 +473,7 @@ mod tests {
             max_sites: 1024,
             ..Limits::LEAST
         };
-        let mut tracer = match Tracer::load(limits, false) {
+        let mut tracer = match Tracer::load(limits, Allowed::All) {
             Ok(tracer) => tracer,
             // Needs root.
             Err(error) if !nix::unistd::geteuid().is_root() => {

@@ -256,7 +256,7 @@ impl Report {
 impl HostReport {
     /// Loads the programs and measures what a probe costs.
     fn try_out(&mut self) -> anyhow::Result<()> {
-        let mut tracer = Tracer::load(Limits::LEAST, !self.facts.trusts_uprobe_multi())?;
+        let mut tracer = Tracer::load(Limits::LEAST, self.facts.links())?;
         self.links = Some(tracer.attacher().name());
         self.programs = tracer.programs()?;
         self.probe_cost = Some(calibrate::measure(&mut tracer)?);

@@ -95,6 +95,8 @@ pub struct Function {
     pub address: u64,
     /// Offset of its first instruction in the file.
     pub file_offset: u64,
+    /// How long it is, in bytes; 0 if that is not known.
+    pub size_bytes: u64,
     /// Where the probe stands, from the first instruction.
     pub probe_point: ProbePoint,
 }
@@ -104,6 +106,12 @@ impl Function {
     #[must_use]
     pub const fn probe_file_offset(&self) -> u64 {
         self.file_offset + self.probe_point.offset
+    }
+
+    /// Whether an instruction at this offset of the file is part of it.
+    #[must_use]
+    pub const fn has(&self, file_offset: u64) -> bool {
+        file_offset >= self.file_offset && file_offset - self.file_offset < self.size_bytes
     }
 
     /// What the probe tells the BPF programs about registers.
@@ -478,6 +486,7 @@ fn place(
             danger,
             address,
             file_offset,
+            size_bytes: range.end - range.start,
             probe_point,
         });
     }

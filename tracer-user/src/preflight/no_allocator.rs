@@ -131,6 +131,7 @@ mod tests {
             danger: None,
             address: 0,
             file_offset: 0,
+            size_bytes: 0,
             probe_point: ProbePoint {
                 offset: 0,
                 class: ProbeClass::Emulated,

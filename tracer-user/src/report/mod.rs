@@ -23,6 +23,7 @@ pub use programs::{ProgramReport, programs};
 use crate::{
     args::{Format, ReportOptions},
     discover::labels::Labels,
+    sampling::Margins,
     stacks::{StackCheck, StackQuality},
     terminal::Harmless,
 };
@@ -43,8 +44,8 @@ pub struct Report {
     pub started: String,
     /// How long it went on, in seconds.
     pub duration_s: f64,
-    /// `exact`: every call was recorded; `sampled`: of some processes one in 16 or fewer, where they had
-    /// too many blocks.
+    /// `exact`: every call was recorded; `sampled`: by bytes ([`Filters::sample_bytes`]), or of some processes
+    /// one in 16 or fewer, where they had too many blocks.
     pub mode: &'static str,
     /// What was left out on the user's wish.
     pub filters: Filters,
@@ -106,6 +107,9 @@ pub struct Filters {
     /// The allocators were not probed.
     #[serde(skip_serializing_if = "is_false")]
     pub no_heap: bool,
+    /// One in so many bytes was sampled, on average.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_bytes: Option<u64>,
 }
 
 impl Filters {
@@ -240,6 +244,9 @@ pub struct Totals {
     pub live_bytes: u64,
     /// Highest `live_bytes` at an interval's end.
     pub peak_live_bytes: u64,
+    /// How far the figures may be off, where blocks stand for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub margins: Option<Margins>,
 }
 
 impl Totals {
@@ -253,6 +260,10 @@ impl Totals {
         self.live_blocks += other.live_blocks;
         self.live_bytes += other.live_bytes;
         self.peak_live_bytes += other.peak_live_bytes;
+        self.margins = match (self.margins, other.margins) {
+            (Some(ours), Some(theirs)) => Some(ours.join(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        };
     }
 }
 
@@ -276,6 +287,9 @@ pub struct SiteReport {
     pub live_blocks: u64,
     /// Bytes not freed.
     pub live_bytes: u64,
+    /// How far these figures may be off, where blocks stand for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub margins: Option<Margins>,
     /// Age of the oldest block not freed, in seconds; null if there is none.
     pub oldest_s: Option<f64>,
     /// Frees that were not seen here: the figures above may be off by as many.

@@ -138,10 +138,11 @@ impl Session {
                 _ => (missed.name(), n),
             })
             .collect();
-        let is_sampled = processes
-            .iter()
-            .chain(earlier.iter().map(|(process, _)| process))
-            .any(|process| process.sampled_out > 0);
+        let is_sampled = self.filters.sample_bytes.is_some()
+            || processes
+                .iter()
+                .chain(earlier.iter().map(|(process, _)| process))
+                .any(|process| process.sampled_out > 0);
         let mode = if is_sampled { "sampled" } else { "exact" };
         Ok(Report {
             schema: SCHEMA,

@@ -30,7 +30,7 @@ use crate::{
     attachments::{Attachments, worth_sharing},
     bpf::{
         instances::Opened,
-        links,
+        links::{self, Allowed},
         tracer::{Limits, Tracer, monotonic_ns},
     },
     definitions::Definitions,
@@ -135,10 +135,15 @@ impl Session {
                 max_depth: trace.max_depth,
                 unwind_bytes: trace.unwind_memory << 20,
                 copy_all_stacks: trace.check_stacks,
+                sample_bytes: trace.sample_bytes,
                 starts: selection.starts(),
                 families: families.unwrap_or(HEAP),
             },
-            trace.perf_links || !host.trusts_uprobe_multi(),
+            match () {
+                () if trace.perf_links => Allowed::PerfLinks,
+                () if trace.no_sessions => host.links().min(Allowed::NoSessions),
+                () => host.links(),
+            },
         )?;
         let [events, copies] = tracer.take_rings()?;
         // SAFETY: the ring buffers own their descriptors and keep them open as long as they live.
@@ -185,6 +190,7 @@ impl Session {
                 object: trace.object.as_ref().map(|path| path.display().to_string()),
                 symbol_prefix: trace.symbol_prefix.clone(),
                 no_heap: trace.no_heap,
+                sample_bytes: trace.sample_bytes,
             },
             wanted: Wanted {
                 only: trace.object.clone(),

@@ -7,7 +7,7 @@ use tracer_common::missed::Missed;
 use super::{
     super::{
         Report,
-        units::{count, counted, form},
+        units::{bytes, count, counted, form},
     },
     misses_calls, recorded_sizes,
 };
@@ -52,6 +52,13 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
         writeln!(
             to,
             "But for what is marked with ! above, every call was seen."
+        )?;
+    } else if let Some(sample_bytes) = report.filters.sample_bytes {
+        writeln!(
+            to,
+            "Every call was seen, and a block recorded for every {} on average: figures are estimates. \
+             Behind ±\nis how far they may be off (95 % confidence).",
+            bytes(sample_bytes)
         )?;
     } else {
         writeln!(to, "Every call was seen: the figures are exact.")?;

@@ -13,7 +13,7 @@ use super::{
     stack::{OWN, write_frames},
     units::{bytes, count, counted, duration, form},
 };
-use crate::terminal::harmless;
+use crate::{sampling::Margins, terminal::harmless};
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -319,21 +319,41 @@ fn write_process(
 /// What was allocated and freed. With `peak`, how much there was at most.
 fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<()> {
     writeln!(to, "  {:<10}{:>16}{:>13}", "", "blocks", "bytes")?;
-    let mut row = |name: &str, blocks: u64, size: u64, note: &str| {
+    let mut row = |name: &str, blocks: u64, size: u64, margins: &str, note: &str| {
         writeln!(
             to,
-            "  {name:<10}{:>16}{:>13}{note}",
+            "  {name:<10}{:>16}{:>13}{margins}{note}",
             count(blocks),
             bytes(size)
         )
     };
-    row("allocated", totals.allocs, totals.alloc_bytes, "")?;
-    row("freed", totals.frees, totals.freed_bytes, "")?;
+    let margins = |of: fn(&Margins) -> (u64, u64)| {
+        let margins = totals.margins.as_ref().map(of);
+        margins.map_or_else(String::new, |(blocks, size)| {
+            format!("   ± {}, {}", count(blocks), bytes(size))
+        })
+    };
+    let allocated = margins(|margins| (margins.allocs, margins.alloc_bytes));
+    let live = margins(|margins| (margins.live_blocks, margins.live_bytes));
+    row(
+        "allocated",
+        totals.allocs,
+        totals.alloc_bytes,
+        &allocated,
+        "",
+    )?;
+    row("freed", totals.frees, totals.freed_bytes, "", "")?;
     let peak = match peak {
         "" => String::new(),
         _ => format!("   ({peak}{})", bytes(totals.peak_live_bytes)),
     };
-    row("not freed", totals.live_blocks, totals.live_bytes, &peak)?;
+    row(
+        "not freed",
+        totals.live_blocks,
+        totals.live_bytes,
+        &live,
+        &peak,
+    )?;
     writeln!(to)
 }
 
@@ -575,10 +595,14 @@ fn write_site(
         .older_ms
         .map(|older_ms| format!(" at least {} old", duration(older_ms as f64 / 1e3)))
         .unwrap_or_default();
+    let margin = site
+        .margins
+        .map(|margins| format!(" ± {}", bytes(margins.live_bytes)))
+        .unwrap_or_default();
     if has_size {
         writeln!(
             to,
-            "  #{rank:<digits$}  {} in {}{old}   ({} allocated, {} freed{oldest})",
+            "  #{rank:<digits$}  {}{margin} in {}{old}   ({} allocated, {} freed{oldest})",
             bytes(site.live_bytes),
             counted(site.live_blocks, "block"),
             count(site.allocs),

@@ -1,0 +1,60 @@
+//! Which calls are recorded, where not all are. See [`tracer_common::sampling`].
+
+use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use tracer_common::{
+    instance::Instance,
+    sampling::{LOGARITHMS, SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance, size_class},
+};
+
+use crate::{maps::RATES, thread::Thread, unwind::unseen};
+
+#[inline(always)]
+fn random() -> u64 {
+    // SAFETY: no argument.
+    unsafe { u64::from(bpf_get_prandom_u32()) << 32 | u64::from(bpf_get_prandom_u32()) }
+}
+
+/// How many blocks a block of that size stands for, which a thread is about to allocate; 0 if it is not recorded.
+#[inline(always)]
+pub(crate) fn weight(state: &Instance, thread: &mut Thread, size_bytes: u64) -> u32 {
+    // SAFETY: a field of a live map element.
+    let rate = unsafe { (&raw const state.rate).read_volatile() };
+    if rate == 0 {
+        return 1;
+    }
+    let Some(rate) = RATES.get_ptr(rate - 1) else {
+        return 1;
+    };
+    let class = unseen(size_class(size_bytes) as u64) as usize;
+    if class >= SIZE_CLASSES {
+        return 1;
+    }
+    // SAFETY: inside of a live map element.
+    let step = unsafe { (*rate).steps[class] };
+    if thread.until_sample > step {
+        thread.until_sample -= step;
+        return 0;
+    }
+    sampled(thread, step, unsafe {
+        // SAFETY: as above.
+        (*rate).weights[class]
+    })
+}
+
+#[inline(never)]
+fn sampled(thread: &mut Thread, step: u64, weight: u64) -> u32 {
+    let next = distance(random(), |index| {
+        LOGARITHMS.get(index).copied().unwrap_or(0)
+    });
+    if thread.until_sample == 0 {
+        // The thread's first block: where the first point lies is not known yet.
+        if next > step {
+            thread.until_sample = next - step;
+            return 0;
+        }
+    }
+    // Beyond the block, how far it is to the next point is the same as ever.
+    thread.until_sample = if next == 0 { 1 } else { next };
+    // Rounded to one of its neighbours at random, so that sums stay unbiased.
+    ((weight + (random() & (WEIGHT_UNITS - 1))) >> WEIGHT_SHIFT) as u32
+}
