@@ -35,3 +35,4 @@ pub mod target;
 pub mod terminal;
 pub mod top;
 pub mod unwind;
+pub mod windows;

@@ -1,0 +1,369 @@
+//! What is kept of every site from window to window: some kilobytes, however long the session is.
+
+use std::collections::HashMap;
+
+use tracer_common::{
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, lifetime_slot, lifetime_slot_end_ns},
+    site::Site,
+};
+
+use super::{
+    cohorts::{Change, Cohorts, Members, Survival, seconds},
+    estimate::{Calibration, Estimate},
+    limits::Spread,
+};
+
+/// Youngest age that the life table tells apart, in seconds; ages below have no part in the question
+/// whether survivors are still freed.
+pub(super) const OLD_S: f64 = 10.0;
+/// Bins of the life table: an octave each, up to 15 days.
+pub(super) const AGE_BINS: usize = 17;
+
+/// When a window was open, in nanoseconds since the session began: on the clock of birth slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// From when on new blocks were recorded; all probes stood by then.
+    pub opened_ns: u64,
+    /// Until when new blocks were recorded. Frees and reuse were recorded on.
+    pub intake_ended_ns: u64,
+    /// Until when frees were recorded; no probe was taken away before.
+    pub closed_ns: u64,
+}
+
+/// Counters of a site after a window closed. All but `births` only grow.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading<'a> {
+    /// Blocks allocated in windows' intakes.
+    pub allocs: u64,
+    /// Their bytes.
+    pub alloc_bytes: u64,
+    /// Blocks that are not in the ledger any more, by a free that was seen or by reuse.
+    pub frees: u64,
+    /// Their bytes.
+    pub freed_bytes: u64,
+    /// Of `frees`, those that were seen, in a window after the one that the block was born in.
+    pub old_frees: u64,
+    /// Of `frees`, blocks of earlier windows whose address was handed out again: freed unseen.
+    pub reused: u64,
+    /// Lifetimes of blocks whose free was seen, see [`Site::lifetimes`].
+    pub lifetimes: &'a [u64; LIFETIME_SLOTS],
+    /// Blocks in the ledger by birth, see [`Site::births`].
+    pub births: &'a [u32; BIRTH_SLICES],
+}
+
+impl<'a> Reading<'a> {
+    /// What a site's counters say, with the two that only windows need.
+    #[must_use]
+    pub const fn of(site: &'a Site, old_frees: u64, reused: u64) -> Self {
+        Self {
+            allocs: site.allocs,
+            alloc_bytes: site.alloc_bytes,
+            frees: site.frees,
+            freed_bytes: site.freed_bytes,
+            old_frees,
+            reused,
+            lifetimes: &site.lifetimes,
+            births: &site.births,
+        }
+    }
+}
+
+/// Counters as they were.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counters {
+    pub(super) allocs: u64,
+    pub(super) alloc_bytes: u64,
+    pub(super) frees: u64,
+    pub(super) freed_bytes: u64,
+    pub(super) old_frees: u64,
+    pub(super) reused: u64,
+    lifetimes: [u64; LIFETIME_SLOTS],
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            allocs: 0,
+            alloc_bytes: 0,
+            frees: 0,
+            freed_bytes: 0,
+            old_frees: 0,
+            reused: 0,
+            lifetimes: [0; LIFETIME_SLOTS],
+        }
+    }
+}
+
+impl Counters {
+    const fn of(reading: &Reading<'_>) -> Self {
+        Self {
+            allocs: reading.allocs,
+            alloc_bytes: reading.alloc_bytes,
+            frees: reading.frees,
+            freed_bytes: reading.freed_bytes,
+            old_frees: reading.old_frees,
+            reused: reading.reused,
+            lifetimes: *reading.lifetimes,
+        }
+    }
+
+    /// Frees seen of blocks older than [`OLD_S`].
+    pub(super) fn late_frees(&self) -> u64 {
+        self.lifetimes[lifetime_slot((OLD_S * 1e9) as u64)..]
+            .iter()
+            .sum()
+    }
+
+    pub(super) const fn unresolved_blocks(&self) -> u64 {
+        self.allocs.saturating_sub(self.frees)
+    }
+
+    pub(super) const fn unresolved_bytes(&self) -> u64 {
+        self.alloc_bytes.saturating_sub(self.freed_bytes)
+    }
+}
+
+/// Blocks of an age that were resolved, and how many could have been.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AgeBin {
+    /// Blocks times the logarithm of how much older they became.
+    pub(super) exposure: f64,
+    /// Blocks found to have been freed, by window.
+    pub(super) resolved: Spread,
+}
+
+/// What is kept of a site.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SiteWindows {
+    pub(super) counters: Counters,
+    /// As long as the list of all cohorts.
+    pub(super) cohorts: Vec<Members>,
+    /// Blocks that outlived their window, by intake time.
+    pub(super) outlived: Spread,
+    /// Blocks found to have been freed after their window, by time.
+    pub(super) resolved: Spread,
+    /// Bytes of the ledger's growth, by blocks.
+    pub(super) bytes: Spread,
+    /// Died within their window, in the last octave of age that it covers for all of them.
+    pub(super) last_octave: u64,
+    pub(super) ages: [AgeBin; AGE_BINS],
+    /// Windows whose counters do not go together.
+    pub(super) inconsistent: u32,
+}
+
+/// What windows have told of a process instance's sites so far.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    cohorts: Cohorts,
+    sites: HashMap<u32, SiteWindows>,
+    windows: u32,
+    /// A site that has done nothing so far.
+    idle: SiteWindows,
+    /// By how much the last octave of age seen within windows has to be prolonged, see [`Model::prolongation`].
+    prolongation: f64,
+    /// Length of all windows but the first, in seconds.
+    open_s: f64,
+    intake_s: f64,
+    first_closed_s: f64,
+    now_s: f64,
+}
+
+impl Model {
+    /// Before the first window.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes up a window that has closed: the counters, from the beginning of the session, of all sites that
+    /// have any. Windows come in order and do not overlap.
+    pub fn push<'a>(
+        &mut self,
+        window: &Window,
+        readings: impl IntoIterator<Item = (u32, Reading<'a>)>,
+    ) {
+        let before_s = self.now_s;
+        let closed_s = seconds(window.closed_ns);
+        let intake_s = seconds(window.intake_ended_ns.saturating_sub(window.opened_ns));
+        let open_s = closed_s - seconds(window.opened_ns);
+        if self.windows == 0 {
+            self.first_closed_s = closed_s;
+        } else {
+            self.open_s += open_s;
+        }
+        let octave = octave_below(window);
+        self.prolongation = self.prolongation.max(octave.map_or(f64::INFINITY, |slot| {
+            open_s / (seconds(lifetime_slot_end_ns(slot)) / 2.0)
+        }));
+        self.windows += 1;
+        self.intake_s += intake_s;
+        self.now_s = closed_s;
+        let last_births_s: Vec<(f64, f64)> = self
+            .cohorts
+            .list()
+            .iter()
+            .map(|cohort| (cohort.first_s, cohort.last_s))
+            .collect();
+        let change = self.cohorts.add(window);
+        let current = self.cohorts.list().len() - 1;
+        for site in self.sites.values_mut() {
+            site.cohorts.resize(current + 1, Members::default());
+        }
+        self.idle.cohorts.resize(current + 1, Members::default());
+        for (id, reading) in readings {
+            let idle = &self.idle;
+            let site = self.sites.entry(id).or_insert_with(|| idle.clone());
+            let now = Counters::of(&reading);
+            let then = std::mem::replace(&mut site.counters, now);
+            let allocs = now.allocs.saturating_sub(then.allocs);
+            let resolved =
+                (now.old_frees + now.reused).saturating_sub(then.old_frees + then.reused);
+            let died_inside = now
+                .frees
+                .saturating_sub(then.frees)
+                .saturating_sub(resolved);
+            let outlived = allocs.saturating_sub(died_inside);
+            site.inconsistent += u32::from(died_inside > allocs);
+            site.cohorts[current].allocs += allocs;
+            site.cohorts[current].outlived += outlived;
+            site.cohorts[current].unresolved += outlived;
+            site.outlived.add(outlived as f64, intake_s);
+            if let Some(slot) = octave {
+                site.last_octave += now.lifetimes[slot].saturating_sub(then.lifetimes[slot]);
+            }
+            if self.windows > 1 {
+                site.resolved.add(resolved as f64, 1.0);
+            }
+            let growth = now.unresolved_blocks() as f64 - then.unresolved_blocks() as f64;
+            let grown_bytes = now.unresolved_bytes() as f64 - then.unresolved_bytes() as f64;
+            site.bytes.add(grown_bytes, growth);
+
+            let mut resolved_at = [0_u64; AGE_BINS];
+            for (index, (members, cohort)) in
+                site.cohorts.iter_mut().zip(self.cohorts.list()).enumerate()
+            {
+                let slices = &reading.births[cohort.slices.clone()];
+                let left: u64 = slices.iter().map(|&count| u64::from(count)).sum();
+                let at_risk = std::mem::replace(&mut members.unresolved, left);
+                // Blocks are as old as the youngest of their cohort where it is asked how old they are, and
+                // as the oldest where it is asked how much they aged: both understate.
+                let Some(&(first_s, last_s)) = last_births_s.get(index) else {
+                    continue;
+                };
+                let age_s = before_s - last_s;
+                if index == current && change == Change::Extended || age_s < OLD_S {
+                    continue;
+                }
+                let bin = ((age_s / OLD_S).log2() as usize).min(AGE_BINS - 1);
+                let aged = ((closed_s - first_s) / (before_s - first_s)).ln();
+                site.ages[bin].exposure += at_risk as f64 * aged;
+                resolved_at[bin] += at_risk.saturating_sub(left);
+            }
+            for (bin, &count) in site.ages.iter_mut().zip(&resolved_at) {
+                // In proportion to time, which is what deaths without lumps are about.
+                if bin.exposure > 0.0 {
+                    bin.resolved.add(count as f64, closed_s - before_s);
+                }
+            }
+        }
+        // Who comes later did nothing in this window.
+        self.idle.outlived.add(0.0, intake_s);
+        if self.windows > 1 {
+            self.idle.resolved.add(0.0, 1.0);
+        }
+        if let Some(index) = self.cohorts.merge(self.now_s) {
+            for site in self.sites.values_mut().chain([&mut self.idle]) {
+                let later = site.cohorts.remove(index + 1);
+                site.cohorts[index].merge(&later);
+            }
+        }
+    }
+
+    /// Forgets a site whose number is given to another.
+    pub fn remove(&mut self, site: u32) {
+        self.sites.remove(&site);
+    }
+
+    /// Windows so far.
+    #[must_use]
+    pub const fn windows(&self) -> u32 {
+        self.windows
+    }
+
+    /// What all sites leak, those first for which most bytes a second are certain.
+    #[must_use]
+    pub fn estimates(&self) -> Vec<(u32, Estimate)> {
+        let calibration = Calibration::of(self.sites.values());
+        let mut estimates: Vec<(u32, Estimate)> = self
+            .sites
+            .iter()
+            .map(|(&id, site)| (id, Estimate::of(self, site, &calibration)))
+            .collect();
+        estimates.sort_by(|(id, one), (other_id, other)| {
+            let key = |estimate: &Estimate| estimate.bytes_per_s;
+            key(other)
+                .low
+                .total_cmp(&key(one).low)
+                .then(key(other).estimate.total_cmp(&key(one).estimate))
+                .then(id.cmp(other_id))
+        });
+        estimates
+    }
+
+    /// The survival curve of a site, the oldest cohort first: how many of a cohort's blocks are
+    /// still unresolved.
+    #[must_use]
+    pub fn survival(&self, site: u32) -> Vec<Survival> {
+        let Some(site) = self.sites.get(&site) else {
+            return Vec::new();
+        };
+        site.cohorts
+            .iter()
+            .zip(self.cohorts.list())
+            .map(|(members, cohort)| Survival {
+                age_s: self.now_s - cohort.last_s,
+                allocs: members.allocs,
+                outlived: members.outlived,
+                unresolved: members.unresolved,
+            })
+            .collect()
+    }
+
+    pub(super) const fn cohorts(&self) -> &Cohorts {
+        &self.cohorts
+    }
+
+    pub(super) const fn now_s(&self) -> f64 {
+        self.now_s
+    }
+
+    pub(super) const fn intake_s(&self) -> f64 {
+        self.intake_s
+    }
+
+    /// Fraction of the time after the first window in which frees were seen.
+    pub(super) fn duty(&self) -> f64 {
+        let elapsed_s = self.now_s - self.first_closed_s;
+        if elapsed_s > 0.0 {
+            (self.open_s / elapsed_s).clamp(1e-6, 1.0)
+        } else {
+            1.0
+        }
+    }
+
+    /// By how much the last octave of age that is seen within windows has to be prolonged to reach beyond
+    /// the ages at which frees are seen less often than at others: up to a window's length after its
+    /// end. Infinite if a window had no drain that was long enough to tell.
+    pub(super) const fn prolongation(&self) -> f64 {
+        self.prolongation
+    }
+}
+
+/// The last slot of lifetimes that lies wholly below the drain's length: of all blocks of a window it is
+/// known whether they die at such an age.
+fn octave_below(window: &Window) -> Option<usize> {
+    let drain_ns = window.closed_ns.saturating_sub(window.intake_ended_ns);
+    (0..LIFETIME_SLOTS)
+        .rev()
+        .find(|&slot| slot > 0 && lifetime_slot_end_ns(slot) <= drain_ns)
+}
