@@ -14,6 +14,7 @@
 pub mod binutils;
 pub mod books;
 pub mod bpf;
+pub mod call_log;
 pub mod cgroup;
 pub mod command;
 pub mod container;

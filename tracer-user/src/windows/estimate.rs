@@ -21,6 +21,8 @@ const LONG_LIVED_BIN: usize = 5;
 /// three and nine times the session are within that.
 const LEAST_HAZARD: f64 = 0.1;
 const LEAST_HAZARD_OF_MANY: f64 = 0.03;
+/// A hazard that is certainly above this is not nothing.
+const LEVEL_HAZARD: f64 = 0.01;
 /// How much of the lower limit that may cost where no old block is freed.
 const COST_OF_DOUBT: f64 = 0.25;
 /// Deviations allowed for where frees between windows have to be estimated by those seen alone. What is asked
@@ -31,7 +33,7 @@ const MOST_REUSED: f64 = 0.75;
 /// What is believed of reuse where nothing is known: as much as this many frees say of which this
 /// share, if unseen, showed by reuse.
 const BELIEVED_FREES: f64 = 8.0;
-const BELIEVED_REUSED: f64 = 0.4;
+const BELIEVED_REUSED: f64 = 0.3;
 /// Frees of other sites' blocks of about the same size count for at most this many.
 const MOST_PEERS: f64 = 50.0;
 /// Blocks from this size on have mappings of their own in common allocators; whether such addresses
@@ -269,20 +271,22 @@ impl Late {
     }
 }
 
-/// Whether the hazard of what is oldest does not differ from none, or falls by half from octave to octave.
+/// Whether the hazard of what is old does not differ from none, or falls by half from octave to octave.
 fn is_level(bins: &[AgeBin]) -> bool {
-    let total: f64 = bins.iter().map(|bin| bin.exposure).sum();
+    let all = Late::of(bins);
     // The oldest that say something.
-    let Some(oldest) = bins.iter().rposition(|bin| bin.exposure >= total / 20.0) else {
+    let oldest = bins
+        .iter()
+        .rposition(|bin| bin.exposure > 0.0 && bin.exposure >= all.exposure / 20.0);
+    let Some(oldest) = oldest else {
         return false;
     };
     let hazard = |bin: &AgeBin| bin.resolved.sum() / bin.exposure.max(f64::MIN_POSITIVE);
     let last = &bins[oldest];
-    let floor = least(last.resolved.sum(), last.resolved.lump(), Z) / last.exposure;
-    if floor < LEAST_HAZARD / 10.0 {
-        return true;
-    }
-    oldest > 0 && hazard(last) < hazard(&bins[oldest - 1]) / 2.0
+    let floor_of_last = least(last.resolved.sum(), last.resolved.lump(), Z) / last.exposure;
+    let floor = least(all.resolved, all.lump(), Z) / all.exposure;
+    floor.max(floor_of_last) < LEVEL_HAZARD
+        || oldest > 0 && hazard(last) < hazard(&bins[oldest - 1]) / 2.0
 }
 
 impl Estimate {
@@ -392,7 +396,6 @@ impl Estimate {
             blocks_per_s.low = blocks_per_s.low.min(still.low);
             if most(recent.unresolved, 1.0, z) / recent.intake_s < blocks_per_s.estimate {
                 blocks_per_s.estimate = still.estimate;
-                blocks_per_s.low = 0.0;
                 doubts.push(Doubt::Stopped);
             }
         }

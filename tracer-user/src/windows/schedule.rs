@@ -8,6 +8,8 @@ const SHORTEST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_millis(500);
 /// Longest gap, in mean gaps: the exponential distribution has no end, a user's patience has.
 const LONGEST_GAP: f64 = 4.0;
+/// Shortest mean gap, in those that the duty cycle asks for.
+const STEER: f64 = 0.3;
 
 /// A window's phases and how far apart windows are.
 ///
@@ -51,35 +53,48 @@ impl Schedule {
         self.window().mul_f64((1.0 - self.duty) / self.duty)
     }
 
-    /// How long to wait for the next window, from a random number of at least 0 and below 1. The first window
-    /// should be waited for, too: what is in step with the start of the session would be seen always
-    /// or never.
+    /// How long to wait for the next window, from a random number of at least 0 and below 1, when this much
+    /// of the session is over and so many windows were open. The first window has to be waited for,
+    /// too: what is in step with the start of the session would be seen always or never.
     #[must_use]
-    pub fn gap(&self, random: f64) -> Duration {
-        // The mean of an exponential distribution cut off at `LONGEST_GAP` of its scale.
+    pub fn gap(&self, random: f64, elapsed: Duration, windows: u32) -> Duration {
+        let mean_s = self.mean_gap().as_secs_f64();
+        let cycle_s = mean_s + self.window().as_secs_f64();
+        // Sooner if windows are behind, later if they are ahead: how often they come varies less, and short
+        // gaps remain possible.
+        let ahead_s = f64::from(windows) * cycle_s - elapsed.as_secs_f64();
+        let mean_s = (mean_s + ahead_s).clamp(mean_s * STEER, mean_s * (2.0 - STEER));
+        // An exponential distribution cut off at `LONGEST_GAP` of its scale has this mean.
         let beyond = (-LONGEST_GAP).exp();
         let mean = 1.0 - LONGEST_GAP * beyond / (1.0 - beyond);
-        let random = random.clamp(0.0, 1.0);
-        let gap = -(random.mul_add(beyond - 1.0, 1.0)).ln();
-        self.mean_gap().mul_f64(gap / mean)
+        let gap = -(random.clamp(0.0, 1.0).mul_add(beyond - 1.0, 1.0)).ln();
+        Duration::from_secs_f64(mean_s * gap / mean)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::windows::simulation::Random;
 
     #[test]
-    fn gaps_have_the_mean_that_the_duty_cycle_asks_for() {
+    fn windows_are_as_many_as_the_duty_cycle_asks_for() {
         let schedule = Schedule::new(Duration::from_millis(200), 0.03);
-        let steps = 10_000;
-        let total: Duration = (0..steps)
-            .map(|step| schedule.gap((f64::from(step) + 0.5) / f64::from(steps)))
-            .sum();
-        let duty = schedule.window().as_secs_f64() * f64::from(steps);
-        let duty = duty / (duty + total.as_secs_f64());
-        assert!((duty - 0.03).abs() < 1e-4, "{duty}");
-        assert_eq!(schedule.gap(0.0), Duration::ZERO);
-        assert!(schedule.gap(1.0) < schedule.mean_gap().mul_f64(4.5));
+        let mut random = Random::new(1);
+        let (mut elapsed, mut windows, mut short) = (Duration::ZERO, 0, 0);
+        while windows < 2000 {
+            let gap = schedule.gap(random.uniform(), elapsed, windows);
+            assert!(gap < schedule.mean_gap().mul_f64(7.5));
+            short += u32::from(gap < schedule.mean_gap() / 10);
+            elapsed += gap + schedule.window();
+            windows += 1;
+            let open = schedule.window().as_secs_f64() * f64::from(windows);
+            let cycles =
+                (open / 0.03 - elapsed.as_secs_f64()) / (schedule.window().as_secs_f64() / 0.03);
+            assert!(cycles.abs() < 6.0, "{cycles} after {windows}");
+        }
+        // As many as without steering, or so: 10 %.
+        assert!((150..300).contains(&short), "{short}");
+        assert_eq!(schedule.gap(0.0, elapsed, windows), Duration::ZERO);
     }
 }

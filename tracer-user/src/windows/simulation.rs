@@ -1,10 +1,10 @@
 //! Sites whose truth is known, under windows: how often is the interval wrong?
 
-use std::{array, time::Duration};
+use std::{cmp::Reverse, collections::BinaryHeap, time::Duration};
 
 use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot};
 
-use super::{Doubt, Estimate, Model, Reading, Schedule, Window};
+use super::{Doubt, Estimate, Model, Reading, Replay, Schedule, Window};
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
@@ -105,7 +105,10 @@ pub(super) fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) 
     let mut windows = Vec::new();
     let mut at_s = 0.0;
     loop {
-        at_s += schedule.gap(random.uniform()).as_secs_f64().max(0.005);
+        let elapsed = Duration::from_secs_f64(at_s);
+        let gap = schedule.gap(random.uniform(), elapsed, windows.len() as u32);
+        // What attaching and detaching take.
+        at_s += gap.as_secs_f64().max(0.005);
         let intake_ended_s = at_s + schedule.intake.as_secs_f64();
         let closed_s = intake_ended_s + schedule.drain.as_secs_f64();
         if closed_s > session_s {
@@ -236,181 +239,402 @@ fn last(scenario: &Scenario, duty: f64, session_s: f64, seed: u64) -> Estimate {
 }
 
 /// Of sessions of two minutes and of six, at 3 % and 10 %, those in which a site that frees everything
-/// was accused at any window from the first minute on.
-fn accused(name: &str, scenario: &Scenario, seeds: u64) -> [u64; 3] {
+/// was accused at any time from the first minute on.
+fn accused(name: &str, scenario: &Scenario, seeds: u64) -> u64 {
     let runs = [(0.03, 120.0), (0.1, 120.0), (0.03, 360.0)];
     let counts = runs.map(|(duty, session_s)| {
-        (0..seeds)
-            .filter(|seed| {
-                let mut accused = false;
-                let mut looks = 0;
-                simulate(
-                    scenario,
-                    &schedule(duty),
-                    session_s,
-                    *seed,
-                    |model, at_s| {
-                        looks += 1;
-                        if at_s > 60.0 && looks % 3 == 0 && !accused {
-                            accused = estimate(model).is_certain();
-                        }
-                    },
-                );
-                accused
-            })
-            .count() as u64
+        let is_accused = |seed: &u64| {
+            let (mut accused, mut looks) = (false, 0);
+            simulate(
+                scenario,
+                &schedule(duty),
+                session_s,
+                *seed,
+                |model, at_s| {
+                    looks += 1;
+                    if at_s > 60.0 && looks % 3 == 0 && !accused {
+                        accused = estimate(model).is_certain();
+                    }
+                },
+            );
+            accused
+        };
+        (0..seeds).filter(is_accused).count() as u64
     });
     println!("{name}: accused in {counts:?} of {seeds}");
-    counts
+    counts.iter().sum()
 }
 
-/// Of sites that leak `truth` a second: found certain, truth in the interval, estimate within 30 %.
-fn found(name: &str, scenario: &Scenario, truth: f64, duty: f64, seeds: u64) -> [u64; 3] {
-    let mut counts = [0; 3];
-    let mut width = 0.0;
+/// What came out of many sessions with a leak.
+#[derive(Debug, Default)]
+struct Found {
+    certain: u64,
+    /// The truth was in the interval.
+    covered: u64,
+    /// The estimate was within 30 % of the truth.
+    close: u64,
+    /// Mean length of the interval, in truths.
+    width: f64,
+}
+
+/// Of sites that leak `truth` blocks a second.
+fn found(name: &str, scenario: &Scenario, truth: f64, duty: f64, seeds: u64) -> Found {
+    let mut found = Found::default();
     for seed in 0..seeds {
         let estimate = last(scenario, duty, 120.0, seed);
         let rate = estimate.blocks_per_s;
-        counts[0] += u64::from(estimate.is_certain());
-        counts[1] += u64::from(rate.low <= truth && truth <= rate.high);
-        counts[2] += u64::from((rate.estimate / truth - 1.0).abs() <= 0.3);
-        width += (rate.high - rate.low) / truth / seeds as f64;
+        found.certain += u64::from(estimate.is_certain());
+        found.covered += u64::from(rate.low <= truth && truth <= rate.high);
+        found.close += u64::from((rate.estimate / truth - 1.0).abs() <= 0.3);
+        found.width += (rate.high - rate.low) / truth / seeds as f64;
     }
-    println!(
-        "{name} at {duty}: certain, covered, within 30 % {counts:?} of {seeds}; width {width:.2}"
-    );
-    counts
+    println!("{name} at {duty}: {found:?} of {seeds}");
+    found
+}
+
+/// A site most of whose blocks die at once.
+const BUSY: Scenario = Scenario {
+    short_per_s: 99_900.0,
+    long_per_s: |_| 100.0,
+    ..STEADY
+};
+
+#[test]
+fn a_leak_of_one_block_in_a_thousand_is_found_in_two_minutes() {
+    let busier = Scenario {
+        short_per_s: 249_750.0,
+        long_per_s: |_| 250.0,
+        ..STEADY
+    };
+    for (scenario, truth, duty, certain) in [
+        (&BUSY, 100.0, 0.03, 80),
+        (&BUSY, 100.0, 0.1, 99),
+        (&busier, 250.0, 0.03, 99),
+        (&busier, 250.0, 0.1, 99),
+    ] {
+        let found = found("1 in 1,000", scenario, truth, duty, 100);
+        assert!(found.certain >= certain, "{found:?}");
+        assert!(found.covered >= 92 && found.close >= 98, "{found:?}");
+    }
 }
 
 #[test]
-fn probe() {
-    for per_s in [20.0, 50.0, 100.0, 250.0] {
-        let long: fn(f64) -> f64 = match per_s as u32 {
-            20 => |_| 20.0,
-            50 => |_| 50.0,
-            100 => |_| 100.0,
-            _ => |_| 250.0,
-        };
-        let s = Scenario {
-            short_per_s: per_s * 999.0,
-            long_per_s: long,
-            ..STEADY
-        };
-        found("leak", &s, per_s, 0.03, 100);
-        found("leak", &s, per_s, 0.1, 100);
-    }
-    let short = Scenario {
-        short_per_s: 1e5,
-        long_per_s: |_| 100.0,
-        ..STEADY
+fn a_leak_among_blocks_that_live_for_seconds_is_covered() {
+    // A tenth of what outlives a window is leaked; the rest is freed after seconds.
+    let mixed = Scenario {
+        long_per_s: |_| 1000.0,
+        end: |random, birth_s| {
+            if random.uniform() < 0.1 {
+                f64::INFINITY
+            } else {
+                birth_s + random.exponential(2.0)
+            }
+        },
+        ..BUSY
     };
-    let all: [(&str, Scenario); 14] = [
+    for duty in [0.03, 0.1] {
+        let found = found("among seconds", &mixed, 100.0, duty, 100);
+        assert!(found.covered >= 92, "{found:?}");
+    }
+}
+
+#[test]
+fn leaks_that_come_in_bursts_are_covered() {
+    let bursts = Scenario {
+        long_per_s: |at_s| if at_s % 15.0 < 5.0 { 600.0 } else { 0.0 },
+        ..BUSY
+    };
+    for duty in [0.03, 0.1] {
+        let found = found("bursts", &bursts, 200.0, duty, 100);
+        assert!(found.covered >= 90, "{found:?}");
+    }
+}
+
+#[test]
+fn what_is_freed_in_the_end_is_not_accused() {
+    const ALONE: Scenario = STEADY;
+    let scenarios: [(&str, Scenario); 16] = [
         (
-            "cache 30-60, alone",
+            "cache of 30 to 60 s",
             Scenario {
                 end: |r, b| b + 30.0 + 30.0 * r.uniform(),
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "cache 30-60, of short",
+            "the same, of busy",
             Scenario {
                 end: |r, b| b + 30.0 + 30.0 * r.uniform(),
-                ..short
+                ..BUSY
             },
         ),
         (
-            "exp 10 s",
+            "10 s, exponential",
             Scenario {
                 end: |r, b| b + r.exponential(10.0),
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "exp 60 s of short",
+            "60 s, of busy",
             Scenario {
                 end: |r, b| b + r.exponential(60.0),
-                ..short
+                ..BUSY
             },
         ),
         (
-            "exp 300 s of short",
+            "300 s, of busy",
             Scenario {
                 end: |r, b| b + r.exponential(300.0),
-                ..short
+                ..BUSY
             },
         ),
         (
-            "exp 1000 s of short",
-            Scenario {
-                end: |r, b| b + r.exponential(1000.0),
-                ..short
-            },
-        ),
-        (
-            "exp 300 s",
+            "300 s",
             Scenario {
                 end: |r, b| b + r.exponential(300.0),
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "pareto .5",
+            "power law of 1/2",
             Scenario {
                 end: |r, b| b + 0.001 * (1.0 - r.uniform()).powi(-2),
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "batch 40",
+            "power law of 1/4",
+            Scenario {
+                end: |r, b| b + 0.001 * (1.0 - r.uniform()).powi(-4),
+                ..ALONE
+            },
+        ),
+        (
+            "batches of 40 s",
             Scenario {
                 end: |_, b| (b / 40.0).floor() * 40.0 + 40.0,
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "batch 40 of short",
+            "the same, of busy",
             Scenario {
                 end: |_, b| (b / 40.0).floor() * 40.0 + 40.0,
-                ..short
+                ..BUSY
             },
         ),
         (
-            "pool",
+            "time to live of 90 s",
+            Scenario {
+                end: |_, b| b + 90.0,
+                ..ALONE
+            },
+        ),
+        (
+            "start-up, kept",
             Scenario {
                 long_per_s: |t| if t < 20.0 { 200.0 } else { 0.0 },
-                ..short
+                ..BUSY
             },
         ),
         (
-            "requests .5 s, rare reuse",
+            "a pool of connections",
+            Scenario {
+                long_per_s: |t| if t < 5.0 { 40.0 } else { 1.0 },
+                end: |r, b| b + r.exponential(40.0),
+                ..ALONE
+            },
+        ),
+        (
+            "0.5 s, reused seldom",
             Scenario {
                 end: |r, b| b + r.exponential(0.5),
                 reused: 0.2,
-                ..STEADY
+                ..ALONE
             },
         ),
         (
-            "exp 5 s, never reused",
+            "5 s, never reused",
             Scenario {
                 end: |r, b| b + r.exponential(5.0),
                 reused: 0.0,
-                ..short
+                ..ALONE
             },
         ),
         (
-            "exp .1 s, never reused",
+            "5 s, never reused, of busy",
             Scenario {
-                end: |r, b| b + r.exponential(0.1),
+                end: |r, b| b + r.exponential(5.0),
                 reused: 0.0,
-                ..STEADY
+                ..BUSY
             },
         ),
     ];
-    for (name, s) in &all {
-        accused(name, s, 20);
-        let e = last(s, 0.03, 120.0, 77);
-        println!("   {:?} {:?}", e.blocks_per_s, e.doubts);
+    let seeds = 20;
+    let mut all = 0;
+    for (name, scenario) in &scenarios {
+        let accused = accused(name, scenario, seeds);
+        // Of 60 sessions, and as many looks into each.
+        assert!(accused <= 2, "{name}: {accused}");
+        all += accused;
     }
-    let _: [Doubt; 0] = array::from_fn(|_| Doubt::Lumps);
+    assert!(all <= 4, "{all}");
+}
+
+#[test]
+fn what_lives_far_longer_than_the_session_can_be_accused() {
+    // Not an aim: a share of the blocks that lives eight times as long as was watched cannot be told from a
+    // leak with certainty. Documented, and this says if it becomes worse.
+    let slow = Scenario {
+        end: |r, b| b + r.exponential(1000.0),
+        ..BUSY
+    };
+    let accused = accused("1,000 s, of busy", &slow, 30);
+    assert!(accused <= 15, "{accused}");
+}
+
+#[test]
+fn the_report_says_why_it_is_not_certain() {
+    let doubts = |scenario: &Scenario, session_s| last(scenario, 0.1, session_s, 1).doubts;
+    assert!(doubts(&BUSY, 40.0).contains(&Doubt::TooEarly));
+    assert!(doubts(&STEADY, 120.0).contains(&Doubt::LongLived));
+    let cached = Scenario {
+        end: |r, b| b + r.exponential(40.0),
+        ..BUSY
+    };
+    assert!(doubts(&cached, 120.0).contains(&Doubt::NotLevel));
+    let rare = Scenario {
+        end: |r, b| b + r.exponential(5.0),
+        reused: 0.0,
+        ..BUSY
+    };
+    assert!(doubts(&rare, 120.0).contains(&Doubt::ReuseRare));
+    let startup = Scenario {
+        long_per_s: |t| if t < 20.0 { 200.0 } else { 0.0 },
+        ..BUSY
+    };
+    assert!(doubts(&startup, 120.0).contains(&Doubt::Stopped));
+    let huge = Scenario {
+        bytes: 1 << 20,
+        reused: 0.0,
+        ..BUSY
+    };
+    // Reuse of such addresses counts for nothing: it takes more blocks.
+    let huge = last(&huge, 0.03, 120.0, 1);
+    assert!(huge.doubts.contains(&Doubt::HugeBlocks) && !huge.is_certain());
+    let few = Scenario {
+        long_per_s: |_| 2.0,
+        ..BUSY
+    };
+    assert!(doubts(&few, 120.0).contains(&Doubt::FewBlocks));
+    assert!(doubts(&BUSY, 120.0).contains(&Doubt::ReuseUntested));
+}
+
+#[test]
+fn a_site_of_long_lived_blocks_takes_longer() {
+    assert!(!last(&STEADY, 0.03, 240.0, 1).is_certain());
+    let later = last(&STEADY, 0.03, 900.0, 1);
+    assert!(later.is_certain(), "{later:?}");
+    assert!(later.blocks_per_s.low > 500.0, "{later:?}");
+}
+
+#[test]
+fn without_a_drain_nothing_is_certain() {
+    let at_once = Schedule {
+        drain: Duration::ZERO,
+        ..schedule(0.1)
+    };
+    let mut found = None;
+    simulate(&BUSY, &at_once, 120.0, 1, |model, _| {
+        found = Some(estimate(model))
+    });
+    let found = found.unwrap();
+    assert!(
+        !found.is_certain() && found.doubts.contains(&Doubt::NoDrain),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_site_that_comes_late_is_averaged_over_the_session() {
+    let late = Scenario {
+        long_per_s: |at_s| if at_s > 60.0 { 400.0 } else { 0.0 },
+        ..STEADY
+    };
+    let rate = last(&late, 0.1, 120.0, 3).blocks_per_s;
+    assert!(
+        rate.low <= 200.0 && (120.0..280.0).contains(&rate.estimate),
+        "{rate:?}"
+    );
+}
+
+/// What a site of [`lifo`] does: blocks a second, their mean lifetime, and the share leaked.
+type Habit = (f64, f64, f64);
+
+/// An allocator that hands out the address that was freed last, whoever freed it, under windows.
+fn lifo(habits: &[Habit], session_s: f64, schedule: &Schedule, seed: u64) -> Replay {
+    let mut random = Random::new(seed);
+    let mut replay = Replay::new(windows(schedule, session_s, &mut random));
+    let (mut free_list, mut fresh) = (Vec::new(), 0);
+    let mut frees = BinaryHeap::new();
+    let mut next: Vec<u64> = habits
+        .iter()
+        .map(|habit| ns(random.exponential(1.0 / habit.0)))
+        .collect();
+    loop {
+        let site = (0..next.len()).min_by_key(|&site| next[site]).unwrap();
+        let now = next[site];
+        if now >= ns(session_s) {
+            replay.advance(u64::MAX);
+            return replay;
+        }
+        while let Some(&Reverse((end, address))) = frees.peek()
+            && end <= now
+        {
+            frees.pop();
+            free_list.push(address);
+            replay.free(end, address);
+        }
+        let (per_s, mean_s, leaked) = habits[site];
+        let address = free_list.pop().unwrap_or_else(|| {
+            fresh += 64;
+            fresh
+        });
+        replay.alloc(now, address, 48, site as u32);
+        if random.uniform() >= leaked {
+            frees.push(Reverse((now + ns(random.exponential(mean_s)), address)));
+        }
+        next[site] = now + ns(random.exponential(1.0 / per_s)).max(1);
+    }
+}
+
+#[test]
+fn who_shares_addresses_with_a_leak_is_not_accused() {
+    // Leaked blocks take the addresses of blocks that others freed between windows, for ever: these are never
+    // handed out again, and look leaked by whoever had them last.
+    let habits = [
+        (1500.0, 0.001, 0.2),
+        (1500.0, 0.001, 0.0),
+        (200.0, 0.5, 0.0),
+        (30.0, 20.0, 0.0),
+    ];
+    let mut certain = 0;
+    for seed in 0..3 {
+        let replay = lifo(&habits, 120.0, &schedule(0.1), seed);
+        let unreused = replay.model().survival(2);
+        let unreused: u64 = unreused.iter().map(|cohort| cohort.unresolved).sum();
+        for (site, estimate) in replay.model().estimates() {
+            let rate = estimate.blocks_per_s;
+            println!("{seed} {site}: {rate:?} {:?}", estimate.doubts);
+            let truth = if site == 0 { 300.0 } else { 0.0 };
+            assert!(
+                rate.low <= truth && truth <= rate.high,
+                "{site} {estimate:?}"
+            );
+            certain += u64::from(estimate.is_certain());
+        }
+        assert!(unreused > 100, "{unreused}");
+    }
+    assert_eq!(certain, 3);
 }
