@@ -169,3 +169,41 @@ pub fn truth(events: &[Event]) -> BTreeMap<u32, Truth> {
     }
     truth
 }
+
+/// The site that allocates most.
+///
+/// # Panics
+///
+/// If there is none.
+#[must_use]
+pub fn busiest(events: &[Event]) -> u32 {
+    let truth = truth(events);
+    let busiest = truth.iter().max_by_key(|(_, truth)| truth.allocs);
+    *busiest.expect("there are sites").0
+}
+
+/// The log as it would be if a site leaked one block in so many: these get addresses of their own, and are
+/// not given back.
+#[must_use]
+pub fn with_leak(events: &[Event], leaking: u32, one_in: u64) -> Vec<Event> {
+    /// Beyond what a process can have.
+    const NOWHERE: u64 = 1 << 63;
+    let mut leaked: HashMap<u64, u64> = HashMap::new();
+    let mut seen = 0;
+    let mut changed = events.to_vec();
+    changed.retain_mut(|event| match &mut event.call {
+        Call::Alloc { address, site, .. } => {
+            leaked.remove(address);
+            if *site == leaking {
+                seen += 1;
+                if seen % one_in == 0 {
+                    leaked.insert(*address, seen);
+                    *address = NOWHERE + seen * 16;
+                }
+            }
+            true
+        }
+        Call::Free { address } => leaked.remove(address).is_none(),
+    });
+    changed
+}

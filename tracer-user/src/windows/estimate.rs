@@ -14,12 +14,12 @@ const MIN_AGE_S: f64 = 60.0;
 /// Share of a site's blocks that outlive their window from which on long lives are its habit.
 const LONG_LIVED: f64 = 0.25;
 /// First bin of the life table that counts for sites of long-lived blocks: 320 s.
-const LONG_LIVED_BIN: usize = 5;
+const LONG_LIVED_BIN: usize = 6;
 /// What is freed at all is freed, once it is old, with at least this hazard per unit of the logarithm of age: the
 /// higher one, with which 7 % of the blocks that reach an age die before they are twice as old, where there are
 /// few blocks to tell by, and the lower where there are many. Exponential lifetimes of up to
 /// three and nine times the session are within that.
-const LEAST_HAZARD: f64 = 0.1;
+const LEAST_HAZARD: f64 = 0.15;
 const LEAST_HAZARD_OF_MANY: f64 = 0.03;
 /// A hazard that is certainly above this is not nothing.
 const LEVEL_HAZARD: f64 = 0.01;
@@ -33,12 +33,15 @@ const MOST_REUSED: f64 = 0.75;
 /// What is believed of reuse where nothing is known: as much as this many frees say of which this
 /// share, if unseen, showed by reuse.
 const BELIEVED_FREES: f64 = 8.0;
-const BELIEVED_REUSED: f64 = 0.3;
+const BELIEVED_REUSED: f64 = 0.1;
 /// Frees of other sites' blocks of about the same size count for at most this many.
 const MOST_PEERS: f64 = 50.0;
 /// Blocks from this size on have mappings of their own in common allocators; whether such addresses
 /// come again is up to the kernel and to what else is mapped.
 const HUGE_BYTES: f64 = 131_072.0;
+/// How many frees one stands for that comes within two windows' lengths, in those that a later one stands for:
+/// there is seldom a window so soon after the last.
+const YOUNG_FREES: f64 = 3.0;
 /// Frees that come in lumps of this many are told.
 const LUMPS: f64 = 10.0;
 const SIZE_CLASSES: usize = 64;
@@ -213,16 +216,16 @@ fn deaths_per_resolved(site: &SiteWindows, peers: &Calibration, duty: f64) -> (f
     } else {
         prior.plus(others, weight)
     };
-    // Deaths soon after a window's end are seen less often than others, so that all together look
-    // better than they are where these are many, and the late ones are better where they are few.
+    // Deaths soon after a window's end are seen less often than others, and those of one age together
+    // or not at all: what a site shows of itself may make reuse look worse than others' do, not better.
     let all = Deaths {
         seen: site.counters.old_frees as f64,
         resolved: site.resolved.sum(),
     };
-    let reused = f64::min(
-        prior.plus(own, 1.0).reused_share(duty),
-        prior.plus(all, 1.0).reused_share(duty),
-    );
+    let reused = [prior, prior.plus(own, 1.0), prior.plus(all, 1.0)]
+        .map(|deaths| deaths.reused_share(duty))
+        .into_iter()
+        .fold(MOST_REUSED, f64::min);
     let tested = own.resolved + others.resolved * weight >= BELIEVED_FREES;
     (1.0 / (duty + (1.0 - duty) * reused), tested)
 }
@@ -353,7 +356,8 @@ impl Estimate {
         };
         if mature.outlived > 0.0 {
             let (factor, tested) = deaths_per_resolved(site, peers, duty);
-            let died = most(died, resolved_lump, z) * factor;
+            // Most deaths are soon after the window, where few windows are to see them.
+            let died = most(died, resolved_lump, z) * (2.0 * factor).min(1.0 / duty);
             let late = Late::of(&site.ages[first_bin..]);
             let per_resolved = factor / late.exposure.max(f64::MIN_POSITIVE);
             let hazard = most(late.resolved, late.lump(), z) * per_resolved;
@@ -361,13 +365,17 @@ impl Estimate {
                 .clamp(LEAST_HAZARD_OF_MANY, LEAST_HAZARD);
             let octave = site.last_octave as f64;
             let dying = most(octave, 1.0, z) / (octave + survivors.sum()).max(1.0);
-            let beyond_window = (-dying * model.prolongation()).exp();
+            let ending = site.ending_unseen * most(site.ending, 1.0, z) / site.ending.max(1.0);
+            let beyond_window = (-dying * model.prolongation()).exp()
+                * (1.0 - ending / survivors.sum().max(1.0)).max(0.0);
             let certain = beyond_window
                 * (1.0 - died / outlived).max(0.0)
                 * (1.0 - hazard / least_hazard).max(0.0);
             remaining.low = certain.min(remaining.estimate);
             if unnoticed > 1.0 {
-                let died = most(counters.old_frees as f64, resolved_lump, Z_OF_SEEN) / duty;
+                let young = counters.young_old_frees(model.longest_s()) as f64;
+                let seen = counters.old_frees as f64 + (YOUNG_FREES - 1.0) * young;
+                let died = most(seen, resolved_lump, Z_OF_SEEN) / duty;
                 let alive = (1.0 - died / all.outlived.max(1.0)).max(0.0);
                 remaining.low = remaining.low.min(alive);
             }
@@ -378,7 +386,7 @@ impl Estimate {
             }
             if model.prolongation().is_infinite() {
                 doubts.push(Doubt::NoDrain);
-            } else if beyond_window < 0.5 && octave >= 5.0 {
+            } else if beyond_window < 0.5 && octave + site.ending >= 5.0 {
                 doubts.push(Doubt::DiesAtWindowEnd);
             }
             if !tested {

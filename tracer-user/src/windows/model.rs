@@ -15,9 +15,9 @@ use super::{
 
 /// Youngest age that the life table tells apart, in seconds; ages below have no part in the question
 /// whether survivors are still freed.
-pub(super) const OLD_S: f64 = 10.0;
+pub(super) const OLD_S: f64 = 5.0;
 /// Bins of the life table: an octave each, up to 15 days.
-pub(super) const AGE_BINS: usize = 17;
+pub(super) const AGE_BINS: usize = 18;
 
 /// When a window was open, in nanoseconds since the session began: on the clock of birth slices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +114,13 @@ impl Counters {
             .sum()
     }
 
+    /// Frees seen of blocks of earlier windows that were younger than twice this.
+    pub(super) fn young_old_frees(&self, window_s: f64) -> u64 {
+        let older = lifetime_slot((2.0 * window_s * 1e9) as u64) + 1;
+        let older: u64 = self.lifetimes[older.min(LIFETIME_SLOTS)..].iter().sum();
+        self.old_frees.saturating_sub(older)
+    }
+
     pub(super) const fn unresolved_blocks(&self) -> u64 {
         self.allocs.saturating_sub(self.frees)
     }
@@ -146,6 +153,10 @@ pub(super) struct SiteWindows {
     pub(super) bytes: Spread,
     /// Died within their window, in the last octave of age that it covers for all of them.
     pub(super) last_octave: u64,
+    /// Died within their window, at ages at which only a part of the deaths is seen; and how many of the
+    /// same age died after it, by that part.
+    pub(super) ending: f64,
+    pub(super) ending_unseen: f64,
     pub(super) ages: [AgeBin; AGE_BINS],
     /// Windows whose counters do not go together.
     pub(super) inconsistent: u32,
@@ -161,8 +172,9 @@ pub struct Model {
     idle: SiteWindows,
     /// By how much the last octave of age seen within windows has to be prolonged, see [`Model::prolongation`].
     prolongation: f64,
-    /// Length of all windows but the first, in seconds.
+    /// Length of all windows but the first, in seconds, and of the longest.
     open_s: f64,
+    longest_s: f64,
     intake_s: f64,
     first_closed_s: f64,
     now_s: f64,
@@ -191,6 +203,7 @@ impl Model {
         } else {
             self.open_s += open_s;
         }
+        self.longest_s = self.longest_s.max(open_s);
         let octave = octave_below(window);
         self.prolongation = self.prolongation.max(octave.map_or(f64::INFINITY, |slot| {
             open_s / (seconds(lifetime_slot_end_ns(slot)) / 2.0)
@@ -229,7 +242,17 @@ impl Model {
             site.cohorts[current].unresolved += outlived;
             site.outlived.add(outlived as f64, intake_s);
             if let Some(slot) = octave {
-                site.last_octave += now.lifetimes[slot].saturating_sub(then.lifetimes[slot]);
+                let died = |slot: usize| now.lifetimes[slot].saturating_sub(then.lifetimes[slot]);
+                site.last_octave += died(slot);
+                for slot in slot + 1..=lifetime_slot((open_s * 1e9) as u64) {
+                    let seen = died(slot) as f64;
+                    let age_s = seconds(lifetime_slot_end_ns(slot - 1)) / 2.0
+                        + seconds(lifetime_slot_end_ns(slot)).min(open_s) / 2.0;
+                    // Such a death is seen if the birth was early enough in the intake.
+                    let all = (intake_s / (open_s - age_s).max(open_s / 100.0)).max(1.0);
+                    site.ending += seen;
+                    site.ending_unseen += seen * (all - 1.0);
+                }
             }
             if self.windows > 1 {
                 site.resolved.add(resolved as f64, 1.0);
@@ -331,6 +354,10 @@ impl Model {
 
     pub(super) const fn cohorts(&self) -> &Cohorts {
         &self.cohorts
+    }
+
+    pub(super) const fn longest_s(&self) -> f64 {
+        self.longest_s
     }
 
     pub(super) const fn now_s(&self) -> f64 {

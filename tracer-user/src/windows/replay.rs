@@ -147,6 +147,14 @@ impl Replay {
         }
     }
 
+    /// Frees of blocks of earlier windows: how many were seen, and how many showed by reuse.
+    #[must_use]
+    pub fn old_frees(&self) -> (u64, u64) {
+        self.sites.values().fold((0, 0), |(seen, reused), counts| {
+            (seen + counts.old_frees, reused + counts.reused)
+        })
+    }
+
     /// What came out so far.
     #[must_use]
     pub const fn model(&self) -> &Model {

@@ -307,7 +307,7 @@ fn a_leak_of_one_block_in_a_thousand_is_found_in_two_minutes() {
         ..STEADY
     };
     for (scenario, truth, duty, certain) in [
-        (&BUSY, 100.0, 0.03, 80),
+        (&BUSY, 100.0, 0.03, 75),
         (&BUSY, 100.0, 0.1, 99),
         (&busier, 250.0, 0.03, 99),
         (&busier, 250.0, 0.1, 99),
@@ -353,7 +353,7 @@ fn leaks_that_come_in_bursts_are_covered() {
 #[test]
 fn what_is_freed_in_the_end_is_not_accused() {
     const ALONE: Scenario = STEADY;
-    let scenarios: [(&str, Scenario); 16] = [
+    let scenarios: [(&str, Scenario); 19] = [
         (
             "cache of 30 to 60 s",
             Scenario {
@@ -455,6 +455,30 @@ fn what_is_freed_in_the_end_is_not_accused() {
             },
         ),
         (
+            "0.15 s, never reused",
+            Scenario {
+                end: |_, b| b + 0.15,
+                reused: 0.0,
+                ..BUSY
+            },
+        ),
+        (
+            "0.25 s, reused seldom",
+            Scenario {
+                end: |r, b| b + 0.2 + 0.1 * r.uniform(),
+                reused: 0.15,
+                ..BUSY
+            },
+        ),
+        (
+            "0.5 s, reused seldom, of busy",
+            Scenario {
+                end: |r, b| b + r.exponential(0.5),
+                reused: 0.05,
+                ..BUSY
+            },
+        ),
+        (
             "5 s, never reused",
             Scenario {
                 end: |r, b| b + r.exponential(5.0),
@@ -490,8 +514,16 @@ fn what_lives_far_longer_than_the_session_can_be_accused() {
         end: |r, b| b + r.exponential(1000.0),
         ..BUSY
     };
-    let accused = accused("1,000 s, of busy", &slow, 30);
-    assert!(accused <= 15, "{accused}");
+    let slow = accused("1,000 s, of busy", &slow, 30);
+    // Blocks that all live equally long are freed while a window is open all together or not at all, so that
+    // there may be nothing to tell them from leaked ones if their addresses do not come again.
+    let alike = Scenario {
+        end: |_, b| b + 2.0,
+        reused: 0.0,
+        ..BUSY
+    };
+    let alike = accused("exactly 2 s, never reused", &alike, 30);
+    assert!(slow <= 15 && alike <= 60, "{slow} {alike}");
 }
 
 #[test]
