@@ -16,9 +16,9 @@ const LONG_LIVED: f64 = 0.25;
 /// First bin of the life table that counts for sites of long-lived blocks: 320 s.
 const LONG_LIVED_BIN: usize = 6;
 /// What is freed at all is freed, once it is old, with at least this hazard per unit of the logarithm of age: the
-/// higher one, with which 7 % of the blocks that reach an age die before they are twice as old, where there are
-/// few blocks to tell by, and the lower where there are many. Exponential lifetimes of up to
-/// three and nine times the session are within that.
+/// higher one, with which one in ten of the blocks that reach an age dies before it is twice as old,
+/// where there are few blocks to tell by, and the lower where there are many. Exponential lifetimes of up
+/// to one and a half times the session are within the one, of seven times within the other.
 const LEAST_HAZARD: f64 = 0.15;
 const LEAST_HAZARD_OF_MANY: f64 = 0.03;
 /// A hazard that is certainly above this is not nothing.

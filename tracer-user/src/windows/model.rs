@@ -16,7 +16,7 @@ use super::{
 /// Youngest age that the life table tells apart, in seconds; ages below have no part in the question
 /// whether survivors are still freed.
 pub(super) const OLD_S: f64 = 5.0;
-/// Bins of the life table: an octave each, up to 15 days.
+/// Bins of the life table: an octave each; the last takes all from a week on.
 pub(super) const AGE_BINS: usize = 18;
 
 /// When a window was open, in nanoseconds since the session began: on the clock of birth slices.

@@ -1,10 +1,12 @@
 //! Sites whose truth is known, under windows: how often is the interval wrong?
 
-use std::{cmp::Reverse, collections::BinaryHeap, time::Duration};
+mod shared_addresses;
+
+use std::time::Duration;
 
 use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot};
 
-use super::{Doubt, Estimate, Model, Reading, Replay, Schedule, Window};
+use super::{Doubt, Estimate, Model, Reading, Schedule, Window};
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
@@ -45,19 +47,19 @@ impl Random {
 
 /// What the kernel side counts for a site.
 #[derive(Clone, Debug)]
-pub(super) struct Counts {
-    pub(super) allocs: u64,
-    pub(super) alloc_bytes: u64,
-    pub(super) frees: u64,
-    pub(super) freed_bytes: u64,
-    pub(super) old_frees: u64,
-    pub(super) reused: u64,
-    pub(super) lifetimes: [u64; LIFETIME_SLOTS],
-    pub(super) births: [u32; BIRTH_SLICES],
+struct Counts {
+    allocs: u64,
+    alloc_bytes: u64,
+    frees: u64,
+    freed_bytes: u64,
+    old_frees: u64,
+    reused: u64,
+    lifetimes: [u64; LIFETIME_SLOTS],
+    births: [u32; BIRTH_SLICES],
 }
 
 impl Counts {
-    pub(super) const fn new() -> Self {
+    const fn new() -> Self {
         Self {
             allocs: 0,
             alloc_bytes: 0,
@@ -70,7 +72,7 @@ impl Counts {
         }
     }
 
-    pub(super) const fn reading(&self) -> Reading<'_> {
+    const fn reading(&self) -> Reading<'_> {
         Reading {
             allocs: self.allocs,
             alloc_bytes: self.alloc_bytes,
@@ -83,25 +85,25 @@ impl Counts {
         }
     }
 
-    pub(super) fn born(&mut self, at_s: f64, bytes: u64) {
+    fn born(&mut self, at_s: f64, bytes: u64) {
         self.allocs += 1;
         self.alloc_bytes += bytes;
         self.births[birth_slice(ns(at_s))] += 1;
     }
 
-    pub(super) fn freed(&mut self, birth_s: f64, bytes: u64) {
+    fn freed(&mut self, birth_s: f64, bytes: u64) {
         self.frees += 1;
         self.freed_bytes += bytes;
         self.births[birth_slice(ns(birth_s))] -= 1;
     }
 }
 
-pub(super) fn ns(seconds: f64) -> u64 {
+fn ns(seconds: f64) -> u64 {
     (seconds * 1e9) as u64
 }
 
 /// Windows until the session is this old.
-pub(super) fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) -> Vec<Window> {
+fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) -> Vec<Window> {
     let mut windows = Vec::new();
     let mut at_s = 0.0;
     loop {
@@ -599,74 +601,4 @@ fn a_site_that_comes_late_is_averaged_over_the_session() {
         rate.low <= 200.0 && (120.0..280.0).contains(&rate.estimate),
         "{rate:?}"
     );
-}
-
-/// What a site of [`lifo`] does: blocks a second, their mean lifetime, and the share leaked.
-type Habit = (f64, f64, f64);
-
-/// An allocator that hands out the address that was freed last, whoever freed it, under windows.
-fn lifo(habits: &[Habit], session_s: f64, schedule: &Schedule, seed: u64) -> Replay {
-    let mut random = Random::new(seed);
-    let mut replay = Replay::new(windows(schedule, session_s, &mut random));
-    let (mut free_list, mut fresh) = (Vec::new(), 0);
-    let mut frees = BinaryHeap::new();
-    let mut next: Vec<u64> = habits
-        .iter()
-        .map(|habit| ns(random.exponential(1.0 / habit.0)))
-        .collect();
-    loop {
-        let site = (0..next.len()).min_by_key(|&site| next[site]).unwrap();
-        let now = next[site];
-        if now >= ns(session_s) {
-            replay.advance(u64::MAX);
-            return replay;
-        }
-        while let Some(&Reverse((end, address))) = frees.peek()
-            && end <= now
-        {
-            frees.pop();
-            free_list.push(address);
-            replay.free(end, address);
-        }
-        let (per_s, mean_s, leaked) = habits[site];
-        let address = free_list.pop().unwrap_or_else(|| {
-            fresh += 64;
-            fresh
-        });
-        replay.alloc(now, address, 48, site as u32);
-        if random.uniform() >= leaked {
-            frees.push(Reverse((now + ns(random.exponential(mean_s)), address)));
-        }
-        next[site] = now + ns(random.exponential(1.0 / per_s)).max(1);
-    }
-}
-
-#[test]
-fn who_shares_addresses_with_a_leak_is_not_accused() {
-    // Leaked blocks take the addresses of blocks that others freed between windows, for ever: these are never
-    // handed out again, and look leaked by whoever had them last.
-    let habits = [
-        (1500.0, 0.001, 0.2),
-        (1500.0, 0.001, 0.0),
-        (200.0, 0.5, 0.0),
-        (30.0, 20.0, 0.0),
-    ];
-    let mut certain = 0;
-    for seed in 0..3 {
-        let replay = lifo(&habits, 120.0, &schedule(0.1), seed);
-        let unreused = replay.model().survival(2);
-        let unreused: u64 = unreused.iter().map(|cohort| cohort.unresolved).sum();
-        for (site, estimate) in replay.model().estimates() {
-            let rate = estimate.blocks_per_s;
-            println!("{seed} {site}: {rate:?} {:?}", estimate.doubts);
-            let truth = if site == 0 { 300.0 } else { 0.0 };
-            assert!(
-                rate.low <= truth && truth <= rate.high,
-                "{site} {estimate:?}"
-            );
-            certain += u64::from(estimate.is_certain());
-        }
-        assert!(unreused > 100, "{unreused}");
-    }
-    assert_eq!(certain, 3);
 }
