@@ -64,6 +64,12 @@ const TEST_PACKAGES: [Package; 27] = [
     Package::new("util-linux", "unshare, nsenter and taskset"),
 ];
 
+/// What only the whole suite of benchmarks runs, and its short form in CI does not.
+const BENCH_PACKAGES: [Package; 1] = [Package::new(
+    "heaptrack",
+    "what tracing inside the program costs",
+)];
+
 /// What boots other kernels, beside qemu.
 const VM_PACKAGES: [Package; 2] = [BUSYBOX, QEMU];
 const BUSYBOX: Package = Package::new("busybox-static", "the shell in virtual machines");
@@ -180,6 +186,21 @@ pub(crate) fn bpf() -> Result<Toolchain> {
 /// Some are missing and cannot be installed here.
 pub(crate) fn tests() -> Result<()> {
     let missing = missing(&TEST_PACKAGES);
+    check_installable(&missing)?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    update()?;
+    install(&missing)
+}
+
+/// Installs the packages that the whole suite of benchmarks needs beside those of the tests.
+///
+/// # Errors
+///
+/// Some are missing and cannot be installed here.
+pub(crate) fn bench() -> Result<()> {
+    let missing = missing(&BENCH_PACKAGES);
     check_installable(&missing)?;
     if missing.is_empty() {
         return Ok(());

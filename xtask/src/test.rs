@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Result, bail};
 
-use crate::{build_ebpf, cmd, fuzz, lint, setup, vm};
+use crate::{bench, build_ebpf, cmd, fuzz, lint, setup, vm};
 
 /// Options of `test`; without `--unit` or `--integration`, everything is run.
 #[derive(clap::Args)]
@@ -72,6 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         stages.run("integration tests", || integration_tests(args));
     }
     if all && args.filter.is_none() {
+        stages.run("benchmarks, short form", bench::stage);
         stages.run("kernel matrix", vm::whole_matrix);
     }
     stages.finish()

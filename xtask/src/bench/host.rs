@@ -1,5 +1,5 @@
 //! What tracing many processes costs: time to find them and to begin, and unfreed's own processor time and
-//! memory. Fails if one of them is over its limit.
+//! memory.
 
 use std::{
     fs,
@@ -11,7 +11,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{median, read_json, unfreed};
+use super::{
+    median, process, read_json,
+    table::{Claim, Limit, Report},
+    unfreed,
+};
 use crate::cmd;
 
 /// Processes that do nothing, which only have to be found, of several programs.
@@ -22,28 +26,6 @@ const PROCESSES: usize = 300;
 const BUSY: usize = 50;
 /// How long each session records them.
 const RECORDED: Duration = Duration::from_secs(10);
-
-/// A figure that has a limit.
-struct Limited {
-    what: &'static str,
-    unit: &'static str,
-    at_most: f64,
-    digits: usize,
-    /// One a round.
-    measured: Vec<f64>,
-}
-
-impl Limited {
-    const fn new(what: &'static str, at_most: f64, unit: &'static str, digits: usize) -> Self {
-        Self {
-            what,
-            unit,
-            at_most,
-            digits,
-            measured: Vec::new(),
-        }
-    }
-}
 
 /// What one session over the crowd took.
 struct Taken {
@@ -61,9 +43,9 @@ struct Taken {
 ///
 /// # Errors
 ///
-/// A limit is exceeded, or something was missed.
-pub(super) fn run(directory: &Path, rounds: usize) -> Result<()> {
-    let mut found = Limited::new("idle processes found and recorded", 1.0, "s", 2);
+/// Something was missed.
+pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Result<()> {
+    let mut found_s = Vec::new();
     let idle: Vec<Crowd> = (0..IDLE_PROGRAMS)
         .map(|number| {
             Crowd::start(
@@ -76,52 +58,59 @@ pub(super) fn run(directory: &Path, rounds: usize) -> Result<()> {
         .collect::<Result<_>>()?;
     for round in 1..=rounds {
         eprintln!("host: discovery, round {round} of {rounds}");
-        found.measured.push(discovery(directory)?);
+        found_s.push(discovery(directory)?);
     }
     drop(idle);
 
-    let mut begun = Limited::new("all processes recorded", 2.0, "s", 2);
-    let mut cpu = Limited::new("unfreed's own time, of one core", 5.0, "%", 1);
-    let mut memory = Limited::new("unfreed's memory", 200.0, "MiB", 0);
-    let mut allocs_per_s = Vec::new();
+    let (mut begun_s, mut cpu, mut memory_mib, mut allocs_per_s) =
+        <(Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
     let crowd = Crowd::start(directory, CROWD, PROCESSES, BUSY)?;
     for round in 1..=rounds {
         eprintln!("host: round {round} of {rounds}");
         let taken = session(directory)?;
-        begun.measured.push(taken.begin_s);
-        cpu.measured.push(taken.cpu * 100.0);
-        memory.measured.push(taken.memory_mib);
+        begun_s.push(taken.begin_s);
+        cpu.push(taken.cpu * 100.0);
+        memory_mib.push(taken.memory_mib);
         allocs_per_s.push(taken.allocs_per_s);
     }
     drop(crowd);
 
-    println!(
-        "discovery: {IDLE} processes of {IDLE_PROGRAMS} programs; then everything on the host, with {PROCESSES} \
-         processes of which {BUSY} are busy ({:.0} allocations/s in all); medians of {rounds} rounds\n",
+    report.say(&format!(
+        "Discovery is of {IDLE} processes of {IDLE_PROGRAMS} programs; the rest is of everything on the host, with \
+         {PROCESSES} processes of which {BUSY} are busy ({:.0} allocations a second in all). No event was missed. \
+         Medians of {rounds} rounds:",
         median(allocs_per_s)
-    );
-    println!("{:<40}{:>14}{:>14}", "", "measured", "at most");
-    let mut exceeded = Vec::new();
-    for figure in [found, begun, cpu, memory] {
-        let (unit, digits) = (figure.unit, figure.digits);
-        let measured = median(figure.measured);
-        let in_unit = |value: f64| format!("{value:.digits$} {unit}");
-        println!(
-            "{:<40}{:>14}{:>14}",
-            figure.what,
-            in_unit(measured),
-            in_unit(figure.at_most)
-        );
-        if measured > figure.at_most {
-            exceeded.push(figure.what);
-        }
-    }
-    println!("missed events: none\n");
-    ensure!(
-        exceeded.is_empty(),
-        "over the limit: {}",
-        exceeded.join(", ")
-    );
+    ));
+    report.claims(&[
+        Claim::figure(
+            "idle processes found and recorded",
+            median(found_s),
+            Limit::AtMost(1.0),
+            " s",
+            2,
+        ),
+        Claim::figure(
+            "all processes recorded",
+            median(begun_s),
+            Limit::AtMost(2.0),
+            " s",
+            2,
+        ),
+        Claim::figure(
+            "unfreed's own time, of one core",
+            median(cpu),
+            Limit::AtMost(5.0),
+            " %",
+            1,
+        ),
+        Claim::figure(
+            "unfreed's memory",
+            median(memory_mib),
+            Limit::AtMost(200.0),
+            " MiB",
+            0,
+        ),
+    ]);
     Ok(())
 }
 
@@ -198,7 +187,7 @@ impl Begun {
 
     /// Waits for the report. Nothing may be missed in it, and so many processes with names that begin
     /// so be in it.
-    fn finish(mut self, processes: usize, named: &str) -> Result<Report> {
+    fn finish(mut self, processes: usize, named: &str) -> Result<Recorded> {
         let status = self.child.wait().context("failed to wait for unfreed")?;
         ensure!(status.success(), "unfreed failed: {status}");
         let report = read_json(&self.report)?;
@@ -222,7 +211,7 @@ impl Begun {
             traced == processes,
             "{traced} of {processes} processes were traced"
         );
-        Ok(Report {
+        Ok(Recorded {
             allocs,
             duration_s: report["duration_s"].as_f64().unwrap_or(f64::NAN),
         })
@@ -230,7 +219,7 @@ impl Begun {
 }
 
 /// What is read in a report.
-struct Report {
+struct Recorded {
     /// Of the processes that were asked for.
     allocs: u64,
     duration_s: f64,
@@ -247,11 +236,11 @@ fn discovery(directory: &Path) -> Result<f64> {
 fn session(directory: &Path) -> Result<Taken> {
     let begun = Begun::start(directory, "--all", RECORDED + Duration::from_secs(2))?;
     let (begin_s, pid) = (begun.begin_s, begun.child.id());
-    let before = cpu_time_s(pid)?;
+    let before = process::cpu_s(pid)?;
     let recording = Instant::now();
     std::thread::sleep(RECORDED);
-    let cpu = (cpu_time_s(pid)? - before) / recording.elapsed().as_secs_f64();
-    let memory_mib = peak_memory_kib(pid)? / 1024.0;
+    let cpu = (process::cpu_s(pid)? - before) / recording.elapsed().as_secs_f64();
+    let (_, memory_mib) = process::memory_mib(pid)?;
     let report = begun.finish(PROCESSES, CROWD)?;
     Ok(Taken {
         begin_s,
@@ -259,30 +248,4 @@ fn session(directory: &Path) -> Result<Taken> {
         memory_mib,
         allocs_per_s: report.allocs as f64 / report.duration_s,
     })
-}
-
-/// Processor time of a process so far.
-fn cpu_time_s(pid: u32) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // After the name, which may contain anything.
-    let fields: Vec<&str> = stat
-        .rsplit_once(") ")
-        .map(|(_, rest)| rest.split_whitespace().collect())
-        .unwrap_or_default();
-    let ticks = |index: usize| -> Result<f64> {
-        let field = fields.get(index).context("a stat file is too short")?;
-        Ok(field.parse()?)
-    };
-    const TICKS_PER_S: f64 = 100.0;
-    Ok((ticks(11)? + ticks(12)?) / TICKS_PER_S)
-}
-
-fn peak_memory_kib(pid: u32) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let peak = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .and_then(|line| line.split_whitespace().next())
-        .context("no peak memory in a status file")?;
-    Ok(peak.parse()?)
 }

@@ -43,16 +43,6 @@ impl Pairs {
         Ok(pairs)
     }
 
-    /// The libc that the loop has mapped.
-    pub(super) fn libc(&self) -> Result<String> {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id()))?;
-        maps.lines()
-            .filter_map(|line| line.split_whitespace().nth(5))
-            .find(|path| path.contains("/libc.so") || path.contains("/libc-"))
-            .map(str::to_owned)
-            .context("the pair loop has no libc")
-    }
-
     pub(super) fn next(&mut self) -> Result<f64> {
         let mut line = String::new();
         if self

@@ -10,7 +10,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use super::{median, pair_loop::Pairs, read_json, unfreed};
+use super::{
+    median,
+    pair_loop::Pairs,
+    read_json,
+    table::{Claim, Limit, Report, Table, figure},
+    unfreed,
+};
 use crate::cmd;
 
 /// Frames of the stack at `malloc`.
@@ -48,13 +54,13 @@ impl Way {
 }
 
 /// Runs the benchmark and prints its figures.
-pub(super) fn run(directory: &Path, rounds: usize) -> Result<()> {
-    walks(directory, rounds)?;
-    tables(directory)
+pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Result<()> {
+    walks(directory, rounds, report)?;
+    tables(directory, report)
 }
 
 /// Nanoseconds of a walk.
-fn walks(directory: &Path, rounds: usize) -> Result<()> {
+fn walks(directory: &Path, rounds: usize, report: &mut Report) -> Result<()> {
     let stats = Stats::enable()?;
     let mut pairs = Pairs::start(directory, FRAMES)?;
     let mut measured: [Vec<f64>; 3] = Default::default();
@@ -67,16 +73,15 @@ fn walks(directory: &Path, rounds: usize) -> Result<()> {
     drop(stats);
     let [nothing, unfreed, kernel] = measured.map(median);
     let (unfreed, kernel) = (unfreed - nothing, kernel - nothing);
-    println!("\nWalking a stack of {FRAMES} frames, medians of {rounds} rounds:\n");
-    println!(
-        "  {:<44}{unfreed:>7.0} ns",
-        "unfreed, by .eh_frame, to the thread's start"
-    );
-    println!("  {:<44}{kernel:>7.0} ns", "the kernel, by frame pointers");
-    println!(
-        "\n  unfreed / kernel  {:.2}   (claim: at most 1.20)",
-        unfreed / kernel
-    );
+    report.say(&format!(
+        "Walking a stack of {FRAMES} frames, medians of {rounds} rounds: {unfreed:.0} ns by .eh_frame to the thread's \
+         start, {kernel:.0} ns by the kernel with frame pointers."
+    ));
+    report.claims(&[Claim::ratio(
+        "unfreed's walk, of the kernel's cost",
+        unfreed / kernel,
+        Limit::AtMost(1.2),
+    )]);
     Ok(())
 }
 
@@ -144,16 +149,14 @@ impl Drop for Stats {
 }
 
 /// What the tables of processes take, built anew and from the cache.
-fn tables(directory: &Path) -> Result<()> {
+fn tables(directory: &Path, report: &mut Report) -> Result<()> {
     let compiler = cmd::capture(Command::new("gcc").arg("-print-prog-name=cc1plus"))?;
     // Not rustup's stand-in.
     let sysroot = cmd::capture(Command::new("rustc").args(["--print", "sysroot"]))?;
     let rustc = format!("{sysroot}/bin/rustc");
-    println!("\nUnwind tables of whole processes:\n");
-    println!(
-        "  {:<10}{:>12}{:>12}{:>14}{:>14}",
-        "", "rows", "bytes/row", "built in", "from cache"
-    );
+    report.say("Unwind tables of whole processes:");
+    let mut table = Table::new(&["", "rows", "bytes/row", "built in", "from cache"]);
+    let mut claims = Vec::new();
     for (name, program) in [
         ("python3", "python3".to_owned()),
         ("cc1plus", compiler),
@@ -163,18 +166,37 @@ fn tables(directory: &Path) -> Result<()> {
         let _ = fs::remove_dir_all(&cache);
         let built = process_tables(directory, &cache, &program)?;
         let cached = process_tables(directory, &cache, &program)?;
-        println!(
-            "  {name:<10}{:>12}{:>12.2}{:>12.2} s{:>12.2} s",
-            built.rows,
-            built.bytes / built.rows,
-            built.seconds,
-            cached.seconds
-        );
+        let bytes = built.bytes / built.rows;
+        table.row(vec![
+            name.to_owned(),
+            figure(Some(built.rows), 0, ""),
+            figure(Some(bytes), 2, ""),
+            figure(Some(built.seconds), 2, " s"),
+            figure(Some(cached.seconds), 2, " s"),
+        ]);
+        claims.push(Claim::figure(
+            format!("{name}, a row"),
+            bytes,
+            Limit::AtMost(6.0),
+            " bytes",
+            2,
+        ));
+        // A small process's fixed costs would count as often as its rows go into that.
+        if built.rows > 1e6 {
+            claims.push(Claim::figure(
+                format!("{name}, 3.7 million rows"),
+                built.seconds / built.rows * 3.7e6,
+                Limit::AtMost(3.0),
+                " s",
+                2,
+            ));
+        }
         if built.rows < 1.0 {
             bail!("{name} has no tables");
         }
     }
-    println!("\n  (claims: at most 6 bytes a row; 3.7 million rows in at most 3 s)");
+    report.table(&table);
+    report.claims(&claims);
     Ok(())
 }
 

@@ -1,0 +1,194 @@
+//! What a million live blocks cost unfreed and the kernel, and whether ten million work.
+
+use std::{
+    ffi::OsString,
+    path::Path,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{
+    fixture,
+    load::Lines,
+    median, process, read_json,
+    table::{Claim, Limit, Report, Table, figure},
+    tracer::Tracer,
+    way::Way,
+};
+
+/// Allocations and frees together.
+const EVENTS_PER_S: &str = "100000";
+/// How long a session is watched: a table of the default interval falls into it.
+const WATCHED: Duration = Duration::from_secs(12);
+/// The ledger, as the kernel calls its map.
+const LEDGER: &str = "LEDGER";
+
+const MILLION: u64 = 1_000_000;
+
+/// What was seen.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Of one core, while blocks came and went.
+    cpu_percent: f64,
+    /// Meanwhile, and at most since the start.
+    memory_mib: f64,
+    peak_mib: f64,
+    /// Of the ledger, a live block or a place for one.
+    entry_bytes: f64,
+    /// Of all maps.
+    kernel_mib: f64,
+    /// Events a second that came.
+    events_per_s: f64,
+}
+
+/// Runs the benchmark.
+pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Result<()> {
+    let program = fixture::compile(directory, "live_blocks.c", &fixture::RELEASED, &[])?;
+    let mut one = Vec::new();
+    for round in 1..=rounds {
+        eprintln!("memory: round {round} of {rounds}");
+        one.push(session(directory, &program, MILLION, &[])?);
+    }
+    eprintln!("memory: ten million blocks");
+    let room = (11 * MILLION).to_string();
+    let ten = session(directory, &program, 10 * MILLION, &["--max-live", &room])?;
+
+    let of = |of: fn(&Seen) -> f64| median(one.iter().map(of).collect());
+    report.say(&format!(
+        "A program with live blocks from a thousand stacks, and {:.0} allocations and frees a second among them, \
+         every call recorded; medians of {rounds} rounds, ten million once. In each, unfreed's report knew every \
+         block, and nothing was missed.",
+        of(|seen| seen.events_per_s)
+    ));
+    let mut table = Table::new(&["live blocks", "1,000,000", "10,000,000"]);
+    let mut row = |name: &str, value: fn(&Seen) -> f64, digits, unit| {
+        let cells = [of(value), value(&ten)].map(|value| figure(Some(value), digits, unit));
+        table.row(std::iter::once(name.to_owned()).chain(cells).collect());
+    };
+    row("unfreed's memory", |seen| seen.memory_mib, 0, " MiB");
+    row("at most", |seen| seen.peak_mib, 0, " MiB");
+    row(
+        "unfreed's time, of a core",
+        |seen| seen.cpu_percent,
+        1,
+        " %",
+    );
+    row(
+        "kernel memory of all maps",
+        |seen| seen.kernel_mib,
+        0,
+        " MiB",
+    );
+    row(
+        "the ledger's, an entry",
+        |seen| seen.entry_bytes,
+        0,
+        " bytes",
+    );
+    report.table(&table);
+    report.claims(&[
+        Claim::figure(
+            "1 M live blocks: unfreed's memory",
+            of(|seen| seen.memory_mib),
+            Limit::AtMost(120.0),
+            " MB",
+            0,
+        ),
+        Claim::figure(
+            "1 M live blocks, 100,000 events a second: unfreed's time, of a core",
+            of(|seen| seen.cpu_percent),
+            Limit::AtMost(3.0),
+            " %",
+            1,
+        ),
+        Claim::figure(
+            "1 M live blocks: an entry of the ledger",
+            of(|seen| seen.entry_bytes),
+            Limit::AtMost(112.0),
+            " bytes",
+            0,
+        ),
+        Claim::figure(
+            "10 M live blocks: an entry of the ledger",
+            ten.entry_bytes,
+            Limit::AtMost(112.0),
+            " bytes",
+            0,
+        ),
+    ]);
+    Ok(())
+}
+
+/// Traces the program from before it allocates, twice: with the tables that a user sees, and for the
+/// figures; and for the report, from which it is checked that nothing is missing.
+fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) -> Result<Seen> {
+    let words = [
+        program.clone(),
+        blocks.to_string().into(),
+        EVENTS_PER_S.into(),
+    ];
+    let mut lines = Lines::prepare(Way::Native, &words, directory)?;
+    // Not before the program is there with its libraries.
+    let target = super::load::Running::pid(&lines);
+    process::wait_until("the program has its libraries", || {
+        Ok(process::allocator(target, &super::way::FUNCTIONS).is_ok())
+    })?;
+    let json = directory.join("memory.json");
+    let mut command = Way::Exact.unfreed_attach(target)?;
+    command.args(options).arg("-o").arg(&json);
+    command.stdout(Stdio::null());
+    let tracer = Tracer::start(command, Way::Exact, target)?;
+    lines.tell()?;
+    // Says something when all are there.
+    lines.next()?;
+
+    let start = tracer.reading();
+    let (since, mut memory_mib, mut events, mut periods) = (Instant::now(), 0.0_f64, 0.0, 0.0);
+    while since.elapsed() < WATCHED {
+        events += lines.next()?.per_s();
+        periods += 1.0;
+        memory_mib = memory_mib.max(process::memory_mib(tracer.pid())?.0);
+    }
+    let own = tracer.own_since(start)?;
+    let maps = process::maps(tracer.pid())?;
+    let ledger = maps.iter().find(|map| map.name == LEDGER);
+    let ledger = ledger.context("unfreed has no ledger")?;
+    // What it does for its report is no part of the figures.
+    tracer.stop()?;
+    drop(lines);
+    let known = known_blocks(&json)?;
+    // The block that another takes the place of is gone for a moment, and the program's own table is one.
+    ensure!(
+        known >= blocks - 1 && known <= blocks + 1,
+        "{known} of {blocks} live blocks are in the report"
+    );
+    let entries = if ledger.grows {
+        blocks as f64
+    } else {
+        ledger.max_entries
+    };
+    Ok(Seen {
+        cpu_percent: own.cpu * 100.0,
+        memory_mib,
+        peak_mib: own.memory_mib,
+        entry_bytes: ledger.bytes / entries,
+        kernel_mib: own.kernel_mib.unwrap_or(f64::NAN),
+        events_per_s: events / periods,
+    })
+}
+
+/// Live blocks in a report, in which nothing may be missing.
+fn known_blocks(json: &Path) -> Result<u64> {
+    let report = read_json(json)?;
+    let missed = report["missed_events"].as_object();
+    let missed = missed.context("no missed events in the report")?;
+    ensure!(
+        missed.values().all(|count| *count == 0),
+        "events were missed: {missed:?}"
+    );
+    report["processes"][0]["totals"]["live_blocks"]
+        .as_u64()
+        .context("no live blocks in the report")
+}

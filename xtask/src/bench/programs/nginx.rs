@@ -1,0 +1,158 @@
+//! nginx, asked by wrk for a small page.
+
+use std::{ffi::OsString, fs, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context as _, Result};
+
+use super::server::{Directory, Server, free_port};
+use crate::{
+    bench::{
+        load::{Attachable, Load, Period, Running},
+        process,
+        way::Way,
+    },
+    cmd,
+};
+
+/// nginx as a load.
+pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
+    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Nginx::start(way)?)) };
+    let mut load = Attachable::new("nginx", "requests of wrk", directory, Box::new(start));
+    // wrk counts in seconds.
+    load.time = Duration::from_secs(3);
+    Ok(Box::new(load))
+}
+
+struct Nginx {
+    server: Server,
+    port: u16,
+}
+
+impl Nginx {
+    fn start(way: Way) -> Result<Self> {
+        let program = ["/usr/sbin/nginx".into()]
+            .into_iter()
+            .find(|path: &std::path::PathBuf| path.exists())
+            .or_else(|| cmd::find_program("nginx"))
+            .context("failed to find nginx")?;
+        let directory = Directory::new("nginx")?;
+        let port = free_port()?;
+        let root = directory.0.display();
+        // Without a master, as heaptrack does not follow a fork; a worker does the same work.
+        let configuration = format!(
+            "daemon off; master_process off; user root;
+             pid {root}/pid; error_log {root}/error.log;
+             events {{ worker_connections 256; }}
+             http {{
+                 access_log off; keepalive_requests 1000000000;
+                 client_body_temp_path {root}/body; proxy_temp_path {root}/proxy;
+                 fastcgi_temp_path {root}/fastcgi; uwsgi_temp_path {root}/uwsgi;
+                 scgi_temp_path {root}/scgi;
+                 server {{ listen 127.0.0.1:{port}; root {root}; }}
+             }}\n"
+        );
+        let write = |name: &str, text: &str| {
+            fs::write(directory.0.join(name), text)
+                .with_context(|| format!("failed to write {name}"))
+        };
+        write("nginx.conf", &configuration)?;
+        write("index.html", &"hello, this is a page\n".repeat(20))?;
+        let words: Vec<OsString> = vec![
+            program.clone().into(),
+            "-c".into(),
+            directory.0.join("nginx.conf").into(),
+            "-p".into(),
+            directory.0.clone().into(),
+            "-e".into(),
+            directory.0.join("error.log").into(),
+        ];
+        let command = way.wrap(&words, &directory.0);
+        let server = Server::start(
+            command,
+            way,
+            &program,
+            directory,
+            port,
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"HTTP/1.1 200",
+        )?;
+        Ok(Self { server, port })
+    }
+}
+
+impl Running for Nginx {
+    fn pid(&self) -> u32 {
+        self.server.pid
+    }
+
+    fn root(&self) -> u32 {
+        self.server.root()
+    }
+
+    fn work(&mut self, time: Duration) -> Result<Period> {
+        let seconds = time.as_secs_f64().ceil();
+        let before = process::cpu_ns(self.server.pid)?;
+        let said = cmd::capture(
+            Command::new("wrk")
+                .args(["-t1", "-c8", "--latency", &format!("-d{seconds}s")])
+                .arg(format!("http://127.0.0.1:{}/", self.port)),
+        )?;
+        let cpu_ns = process::cpu_ns(self.server.pid)? - before;
+        let result = Said::parse(&said).with_context(|| format!("wrk said: {said}"))?;
+        Ok(Period {
+            per_s: result.per_s,
+            cpu_ns: cpu_ns / result.requests,
+            p99_ns: Some(result.p99_ns),
+        })
+    }
+}
+
+/// What wrk says.
+#[derive(Debug, PartialEq)]
+struct Said {
+    requests: f64,
+    per_s: f64,
+    p99_ns: f64,
+}
+
+impl Said {
+    fn parse(text: &str) -> Option<Self> {
+        let lines = || text.lines().map(str::trim);
+        Some(Self {
+            requests: lines().find_map(|line| line.split_once(" requests in ")?.0.parse().ok())?,
+            per_s: lines()
+                .find_map(|line| line.strip_prefix("Requests/sec:")?.trim().parse().ok())?,
+            p99_ns: lines().find_map(|line| nanoseconds(line.strip_prefix("99%")?.trim()))?,
+        })
+    }
+}
+
+/// `1.23ms`
+fn nanoseconds(text: &str) -> Option<f64> {
+    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+    let number: f64 = text.strip_suffix(unit)?.parse().ok()?;
+    let scale = match unit {
+        "us" => 1e3,
+        "ms" => 1e6,
+        "s" => 1e9,
+        _ => return None,
+    };
+    Some(number * scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_what_wrk_says_is_read() {
+        let text = "  Latency Distribution\n     50%  120.00us\n     99%    1.50ms\n  \
+                    61234 requests in 3.00s, 20.00MB read\nRequests/sec:  20411.33\n";
+        let expected = Said {
+            requests: 61234.0,
+            per_s: 20411.33,
+            p99_ns: 1.5e6,
+        };
+        assert_eq!(Said::parse(text), Some(expected));
+    }
+}

@@ -1,0 +1,226 @@
+//! The short form, for every change: a few ratios against those that are stored in the repository, with margins that a
+//! busy machine keeps.
+
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    micro, prepare, programs,
+    rounds::{self, Rounds, cpu},
+    table::{Claim, Limit, Report},
+    way::Way,
+};
+use crate::cmd;
+
+const FILE: &str = "xtask/src/bench/ratios.json";
+/// How much more than stored is a regression, where the file does not say otherwise.
+const MARGIN: f64 = 1.5;
+/// How often what failed is measured anew: the machine may have had something else to do.
+const RETRIES: usize = 2;
+const ROUNDS: usize = 2;
+
+/// A ratio that is stored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Stored {
+    name: String,
+    ratio: f64,
+    /// What the ratio may be multiplied by.
+    margin: f64,
+}
+
+/// What is measured together.
+struct Group {
+    ways: &'static [Way],
+    measure: fn(&Path, &[Way]) -> Result<Rounds>,
+    /// The ratios' names, and of what they are.
+    ratios: &'static [(&'static str, Way, Way)],
+}
+
+const GROUPS: [Group; 3] = [
+    Group {
+        ways: &[
+            Way::Exact,
+            Way::Sampled,
+            Way::Empty,
+            Way::Skip,
+            Way::Bpftrace,
+        ],
+        measure: |directory, ways| {
+            let mut load = micro::load(directory, micro::TEN_FRAMES)?;
+            load.time = Duration::from_millis(700);
+            rounds::interleave(&mut load, ways, ROUNDS + 1)
+        },
+        ratios: &[
+            ("pairs: exact / bpftrace", Way::Exact, Way::Bpftrace),
+            ("pairs: exact / empty programs", Way::Exact, Way::Empty),
+            ("pairs: sampled / empty programs", Way::Sampled, Way::Empty),
+        ],
+    },
+    Group {
+        ways: &[Way::Native, Way::Exact, Way::Sampled],
+        measure: |directory, ways| of_program("sqlite", directory, ways),
+        ratios: &[
+            ("sqlite: exact / native", Way::Exact, Way::Native),
+            ("sqlite: sampled / native", Way::Sampled, Way::Native),
+        ],
+    },
+    Group {
+        ways: &[Way::Native, Way::Exact],
+        measure: |directory, ways| of_program("redis", directory, ways),
+        ratios: &[("redis: exact / native", Way::Exact, Way::Native)],
+    },
+];
+
+fn of_program(name: &str, directory: &Path, ways: &[Way]) -> Result<Rounds> {
+    let mut load = programs::load(name, directory)?;
+    rounds::interleave(&mut *load, ways, ROUNDS)
+}
+
+/// The short form as a stage of the tests.
+///
+/// # Errors
+///
+/// As for [`run`].
+pub(crate) fn stage() -> Result<()> {
+    run(false)
+}
+
+/// Measures the short form, and compares the ratios with those stored, or stores them.
+///
+/// # Errors
+///
+/// One is exceeded by more than its margin, again and again; or something cannot be measured.
+pub(super) fn run(store: bool) -> Result<()> {
+    let directory = prepare()?;
+    let stored = read()?;
+    let mut measured = BTreeMap::new();
+    for group in &GROUPS {
+        let ways = Way::available(group.ways);
+        for attempt in 0..=RETRIES {
+            let rounds = (group.measure)(&directory, &ways)?;
+            for &(name, way, base) in group.ratios {
+                let ratio = rounds.ratio(way, base, cpu);
+                if ratio.is_nan() {
+                    continue;
+                }
+                // The best of several attempts is the least disturbed.
+                let best = measured.entry(name.to_owned()).or_insert(ratio);
+                *best = ratio.min(*best);
+            }
+            let of_group =
+                |stored: &&Stored| group.ratios.iter().any(|(name, ..)| stored.name == *name);
+            let exceeded = stored
+                .iter()
+                .filter(of_group)
+                .any(|stored| !stored.claim(&measured).holds());
+            if store || !exceeded || attempt == RETRIES {
+                break;
+            }
+            eprintln!("a ratio is exceeded: measured again");
+        }
+    }
+    if store {
+        return write(&stored, &measured);
+    }
+    let mut report = Report::default();
+    report.claims(
+        &stored
+            .iter()
+            .map(|stored| stored.claim(&measured))
+            .collect::<Vec<_>>(),
+    );
+    let unknown = unknown(&stored, &measured);
+    ensure!(
+        unknown.is_empty(),
+        "not stored in {FILE}: {}; `cargo xtask bench --short --store` does",
+        unknown.join(", ")
+    );
+    if !report.broken.is_empty() {
+        bail!("slower than before: {}", report.broken.join("; "));
+    }
+    Ok(())
+}
+
+impl Stored {
+    /// What is stored allows. What could not be measured any more does not hold.
+    fn claim(&self, measured: &BTreeMap<String, f64>) -> Claim {
+        Claim::ratio(
+            &self.name,
+            measured.get(&self.name).copied().unwrap_or(f64::NAN),
+            Limit::AtMost(self.ratio * self.margin),
+        )
+    }
+}
+
+fn unknown(stored: &[Stored], measured: &BTreeMap<String, f64>) -> Vec<String> {
+    let is_stored = |name: &&String| !stored.iter().any(|stored| stored.name == **name);
+    measured.keys().filter(is_stored).cloned().collect()
+}
+
+fn read() -> Result<Vec<Stored>> {
+    let text =
+        fs::read(cmd::workspace().join(FILE)).with_context(|| format!("failed to read {FILE}"))?;
+    serde_json::from_slice(&text).with_context(|| format!("failed to read {FILE}"))
+}
+
+/// Stores what was measured, with the margins as they are.
+fn write(stored: &[Stored], measured: &BTreeMap<String, f64>) -> Result<()> {
+    let names = GROUPS.iter().flat_map(|group| group.ratios);
+    let new: Vec<Stored> = names
+        .filter_map(|&(name, ..)| {
+            let known = stored.iter().find(|stored| stored.name == name);
+            Some(Stored {
+                name: name.to_owned(),
+                ratio: (measured.get(name)? * 1000.0).round() / 1000.0,
+                margin: known.map_or(MARGIN, |known| known.margin),
+            })
+        })
+        .collect();
+    let text = serde_json::to_string_pretty(&new).context("failed to write ratios")? + "\n";
+    fs::write(cmd::workspace().join(FILE), text)
+        .with_context(|| format!("failed to write {FILE}"))?;
+    println!("bench: wrote {FILE}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored() -> Stored {
+        Stored {
+            name: "a / b".to_owned(),
+            ratio: 2.0,
+            margin: 1.5,
+        }
+    }
+
+    #[test]
+    fn test_only_what_is_beyond_the_margin_is_a_regression() {
+        let claim = |ratio| stored().claim(&BTreeMap::from([("a / b".to_owned(), ratio)]));
+        assert!(claim(2.9).holds());
+        assert!(!claim(3.1).holds());
+    }
+
+    #[test]
+    fn test_what_is_stored_has_to_be_measured_and_the_reverse() {
+        assert!(!stored().claim(&BTreeMap::new()).holds());
+        let measured = BTreeMap::from([("c / d".to_owned(), 1.0)]);
+        assert_eq!(unknown(&[stored()], &measured), ["c / d"]);
+    }
+
+    #[test]
+    fn test_every_stored_ratio_is_measured_by_some_group() {
+        for stored in read().unwrap() {
+            let names = GROUPS.iter().flat_map(|group| group.ratios);
+            assert!(
+                names.clone().any(|(name, ..)| *name == stored.name),
+                "{}",
+                stored.name
+            );
+            assert!(stored.ratio > 0.0 && stored.margin > 1.0, "{stored:?}");
+        }
+    }
+}
