@@ -125,9 +125,10 @@ impl Attachable {
             memory_mib: memory.map(|(_, peak)| peak).sum(),
             kernel_mib: None,
         };
+        // Valgrind's work is done by the program itself.
         Ok(Measured {
             period,
-            own: Some(own),
+            own: (way == Way::Heaptrack).then_some(own),
         })
     }
 }

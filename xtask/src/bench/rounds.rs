@@ -1,6 +1,6 @@
 //! One way after the other, round after round: a machine whose speed drifts favours none.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -24,9 +24,16 @@ pub(super) fn interleave(load: &mut dyn Load, ways: &[Way], rounds: usize) -> Re
             if load.unfit(way).is_some() {
                 continue;
             }
+            let start = Instant::now();
             let one = load
                 .measure(way)
                 .with_context(|| format!("failed to measure {}: {}", load.name(), way.name()))?;
+            eprintln!(
+                "  {:<36}{:>10.1} s, {:>12.3} µs of CPU time each",
+                way.name(),
+                start.elapsed().as_secs_f64(),
+                one.period.cpu_ns / 1000.0
+            );
             measured.entry(way).or_default().push(one);
         }
     }

@@ -32,6 +32,7 @@ pub(super) struct Own {
 
 /// A tracer, attached.
 pub(super) struct Tracer {
+    way: Way,
     process: Process,
     target: u32,
     allocator: PathBuf,
@@ -72,17 +73,18 @@ impl Tracer {
     pub(super) fn start(mut command: Command, way: Way, target: u32) -> Result<Self> {
         let (allocator, _) = process::allocator(target, &way::FUNCTIONS)?;
         let mut tracer = Self {
+            way,
             process: Process::start(command.stderr(Stdio::piped()))?,
             target,
             allocator,
         };
         tracer
-            .wait_until_it_records(way)
+            .wait_until_it_records()
             .with_context(|| format!("{} did not begin to trace", way.name()))?;
         Ok(tracer)
     }
 
-    fn wait_until_it_records(&mut self, way: Way) -> Result<()> {
+    fn wait_until_it_records(&mut self) -> Result<()> {
         let stderr = self.process.child().stderr.take();
         let stderr = stderr.context("it has no error output")?;
         let said = Arc::new(AtomicBool::new(false));
@@ -95,7 +97,7 @@ impl Tracer {
                 }
             }
         });
-        if way.is_unfreed() && !way.only_measures() {
+        if self.way.is_unfreed() && !self.way.only_measures() {
             return process::wait_until("it says that it traces", || {
                 self.process.check()?;
                 Ok(said.load(Ordering::Relaxed))
@@ -142,7 +144,7 @@ impl Tracer {
     /// Ends it, and waits until the target is free of it.
     pub(super) fn stop(mut self) -> Result<()> {
         let pid = self.pid();
-        self.process.end(&[pid], "INT")?;
+        self.process.end(&[pid], self.way.signal())?;
         process::wait_until("the breakpoints are gone", || {
             Ok(process::breakpoints(self.target, &self.allocator)? == 0)
         })

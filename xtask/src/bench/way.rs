@@ -109,10 +109,20 @@ impl Way {
         available
     }
 
-    /// unfreed, attached to a process.
+    /// The signal that ends a tool. bpftrace would print all blocks with their stacks, or take longer still to clear its
+    /// maps; its probes go with it.
+    pub(super) const fn signal(self) -> &'static str {
+        match self {
+            Self::Bpftrace => "KILL",
+            Self::Heaptrack | Self::Valgrind => "TERM",
+            _ => "INT",
+        }
+    }
+
+    /// unfreed, attached to a process, with the tables that a user sees.
     pub(super) fn unfreed_attach(self, pid: u32) -> Result<Command> {
         let mut command = unfreed()?;
-        command.args(["attach", &pid.to_string(), "--format", "json"]);
+        command.args(["attach", &pid.to_string()]);
         command.args(self.options()).stdout(Stdio::null());
         Ok(command)
     }
@@ -238,11 +248,10 @@ pub(super) fn memleak(file: &Path, functions: &[String], pid: &str, frames: usiz
              delete(@size[tid]); delete(@place[tid]);\n}}\n"
         );
     }
-    script += &format!(
-        "uprobe:{file}:free /pid == {pid}/ {{ delete(@stack[arg0]); delete(@bytes[arg0]); }}\n"
-    );
-    // A million blocks would be printed, with their stacks.
-    script + "END { clear(@stack); clear(@bytes); clear(@size); }\n"
+    script
+        + &format!(
+            "uprobe:{file}:free /pid == {pid}/ {{ delete(@stack[arg0]); delete(@bytes[arg0]); }}\n"
+        )
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Functions of the file, and of the one that Valgrind gets.
-const FUNCTIONS: usize = 1500;
+const FUNCTIONS: usize = 250;
 const FEW_FUNCTIONS: usize = FUNCTIONS / 10;
 
 /// gcc as a load.
@@ -104,8 +104,12 @@ impl Load for Gcc {
         let mut process = Process::start(&mut command)?;
         let pid = load::worker(&mut process, &self.compiler, way)?;
         let seen = Seen::watch(&process, pid)?;
-        // The tool has its report to make.
-        process.end(&[], "TERM")?;
+        if way == Way::Bpftrace {
+            process.end(&[process.pid()], way.signal())?;
+        } else {
+            // The tool has its report to make.
+            process.end(&[], way.signal())?;
+        }
         let done = functions as f64 / FUNCTIONS as f64;
         ensure!(seen.cpu_ns > 0.0, "the compiler was not seen");
         Ok(Measured {
@@ -114,7 +118,7 @@ impl Load for Gcc {
                 cpu_ns: seen.cpu_ns / done,
                 p99_ns: None,
             },
-            own: (way != Way::Native).then_some(seen.own),
+            own: (way != Way::Native && way != Way::Valgrind).then_some(seen.own),
         })
     }
 }
