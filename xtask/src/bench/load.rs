@@ -50,6 +50,11 @@ pub(super) trait Load {
         None
     }
 
+    /// Has a period take so long, if that can be chosen.
+    fn set_time(&mut self, time: Duration) {
+        let _ = time;
+    }
+
     /// Measures one period.
     fn measure(&mut self, way: Way) -> Result<Measured>;
 }
@@ -147,6 +152,10 @@ impl Load for Attachable {
         unfit.map(|(_, why)| *why)
     }
 
+    fn set_time(&mut self, time: Duration) {
+        self.time = time;
+    }
+
     fn measure(&mut self, way: Way) -> Result<Measured> {
         if way.wraps() {
             return self.wrapped(way);
@@ -155,6 +164,11 @@ impl Load for Attachable {
             self.running = Some((self.start)(Way::Native)?);
         }
         let running = self.running.as_mut().context("nothing runs")?;
+        // A tracer of the whole host would be counted as well.
+        let (allocator, _) = process::allocator(running.pid(), &["malloc"])?;
+        process::wait_until("nobody else traces the program", || {
+            Ok(process::breakpoints(running.pid(), &allocator)? == 0)
+        })?;
         let tracer = Tracer::attach(way, running.pid(), self.frames, &self.directory)?;
         // Whatever keeps to a budget has to find its measure first.
         let settle = if way == Way::Default { 4 } else { 1 };

@@ -37,7 +37,9 @@ Examples:
   cargo xtask bench micro --rounds 3
   cargo xtask bench programs --only redis,nginx
   cargo xtask bench --check --write-docs             fails if a claim is not kept; tables into docs/performance.md
-  cargo xtask bench --short                          what CI runs, against the ratios in xtask/src/bench/ratios.json")]
+  cargo xtask bench --short                          what CI runs, against the ratios in xtask/src/bench/ratios.json
+
+UNFREED_BIN names another unfreed to measure than the one in this tree.")]
 pub(crate) struct Args {
     /// What to measure; everything without
     #[arg(value_enum)]
@@ -169,17 +171,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Builds what is measured, and gives the directory to work in.
 fn prepare() -> Result<PathBuf> {
-    cmd::run(cmd::cargo().args(["build", "--release", "--package", "tracer-user"]))?;
+    if std::env::var_os(OTHER).is_none() {
+        cmd::run(cmd::cargo().args(["build", "--release", "--package", "tracer-user"]))?;
+    }
     let directory = cmd::target_dir()?.join("bench");
     std::fs::create_dir_all(&directory).context("failed to make a directory")?;
     Ok(directory)
 }
 
+/// Names another unfreed to measure, an earlier one for instance; as in the tests.
+const OTHER: &str = "UNFREED_BIN";
+
 /// The program that is measured.
 fn unfreed() -> Result<std::process::Command> {
-    Ok(std::process::Command::new(
-        cmd::target_dir()?.join("release/unfreed"),
-    ))
+    if let Some(other) = std::env::var_os(OTHER) {
+        return Ok(std::process::Command::new(other));
+    }
+    let built = cmd::target_dir()?.join("release/unfreed");
+    Ok(std::process::Command::new(built))
 }
 
 fn read_json(path: &Path) -> Result<serde_json::Value> {

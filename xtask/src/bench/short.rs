@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -50,7 +50,7 @@ const GROUPS: [Group; 3] = [
         measure: |directory, ways| {
             let mut load = micro::load(directory, micro::TEN_FRAMES)?;
             load.time = Duration::from_millis(700);
-            rounds::interleave(&mut load, ways, ROUNDS + 1)
+            rounds::interleave(&mut load, ways, ROUNDS)
         },
         ratios: &[
             ("pairs: exact / bpftrace", Way::Exact, Way::Bpftrace),
@@ -75,6 +75,7 @@ const GROUPS: [Group; 3] = [
 
 fn of_program(name: &str, directory: &Path, ways: &[Way]) -> Result<Rounds> {
     let mut load = programs::load(name, directory)?;
+    load.set_time(Duration::from_millis(1200));
     rounds::interleave(&mut *load, ways, ROUNDS)
 }
 
@@ -132,11 +133,12 @@ pub(super) fn run(store: bool) -> Result<()> {
             .collect::<Vec<_>>(),
     );
     let unknown = unknown(&stored, &measured);
-    ensure!(
-        unknown.is_empty(),
-        "not stored in {FILE}: {}; `cargo xtask bench --short --store` does",
-        unknown.join(", ")
-    );
+    if !unknown.is_empty() {
+        println!(
+            "not in {FILE} yet: {}; `cargo xtask bench --short --store` puts them there",
+            unknown.join(", ")
+        );
+    }
     if !report.broken.is_empty() {
         bail!("slower than before: {}", report.broken.join("; "));
     }
@@ -205,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn test_what_is_stored_has_to_be_measured_and_the_reverse() {
+    fn test_what_is_stored_has_to_be_measured_and_what_is_not_is_named() {
         assert!(!stored().claim(&BTreeMap::new()).holds());
         let measured = BTreeMap::from([("c / d".to_owned(), 1.0)]);
         assert_eq!(unknown(&[stored()], &measured), ["c / d"]);

@@ -21,7 +21,7 @@ use crate::{
     cmd,
 };
 
-/// Functions of the file, and of the one that Valgrind gets.
+/// Functions of the file, and of the one for ways that take long.
 const FUNCTIONS: usize = 250;
 const FEW_FUNCTIONS: usize = FUNCTIONS / 10;
 
@@ -90,10 +90,9 @@ impl Load for Gcc {
     }
 
     fn measure(&mut self, way: Way) -> Result<Measured> {
-        let functions = if way == Way::Valgrind {
-            FEW_FUNCTIONS
-        } else {
-            FUNCTIONS
+        let functions = match way {
+            Way::Valgrind | Way::Bpftrace => FEW_FUNCTIONS,
+            _ => FUNCTIONS,
         };
         let mut words: Vec<OsString> = vec![self.compiler.clone().into()];
         words.extend(["-quiet", "-O2", "-g", "-o", "/dev/null"].map(OsString::from));
