@@ -64,7 +64,7 @@ const CASES: [Case; 4] = [
     Case {
         name: "burst",
         words: |directory| pairs(directory, "burst"),
-        time: Duration::from_secs(8),
+        time: Duration::from_secs(5),
         bursts: true,
     },
 ];
@@ -96,7 +96,7 @@ pub(super) fn run(
     report.say(&format!(
         "CPU time of the program for an operation, with unfreed attached, more than in the periods before and after \
          without it; medians of {periods} such periods, and half of the width that the middle half of them spans. \
-         `burst` does its work with few allocations and with ten times as many in turns of 2 s. A session's first \
+         `burst` does its work with few allocations and with ten times as many in turns of 1 s. A session's first \
          2 s, in which it finds its measure, are left out."
     ));
     let headings = BUDGETS.map(|budget| format!("--max-overhead {budget}%"));
