@@ -25,6 +25,7 @@ const WATCHED: Duration = Duration::from_secs(12);
 /// The ledger, as the kernel calls its map.
 const LEDGER: &str = "LEDGER";
 
+const MB_PER_MIB: f64 = 1.048_576;
 const MILLION: u64 = 1_000_000;
 
 /// What was seen.
@@ -84,14 +85,14 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
     row(
         "the ledger's, an entry",
         |seen| seen.entry_bytes,
-        0,
+        1,
         " bytes",
     );
     report.table(&table);
     report.claims(&[
         Claim::figure(
             "1 M live blocks: unfreed's memory",
-            of(|seen| seen.memory_mib),
+            of(|seen| seen.memory_mib) * MB_PER_MIB,
             Limit::AtMost(120.0),
             " MB",
             0,
