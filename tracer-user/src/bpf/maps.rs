@@ -1,9 +1,10 @@
 //! Maps that the user side reads without a system call an element.
 
 use std::{
+    cell::OnceCell,
     io,
     marker::PhantomData,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     ptr::NonNull,
 };
 
@@ -11,56 +12,58 @@ use aya::{Pod, maps::MapData};
 
 use super::sys;
 
-/// An array map (`BPF_F_MMAPABLE`) in our own address space.
+/// Elements that are mapped at once: whatever their size, a multiple of eight, these are whole pages.
+const BLOCK_ELEMENTS: usize = 512;
+
+/// An array map (`BPF_F_MMAPABLE`) in our own address space, in blocks that are mapped when they are needed: the
+/// kernel counts all of what is mapped as memory of ours.
 ///
 /// The kernel side writes at the same time, so elements are copied field by field, volatile, and
 /// never borrowed.
 #[derive(Debug)]
 pub struct MappedArray<T> {
-    base: NonNull<u8>,
-    length_bytes: usize,
+    map: OwnedFd,
+    blocks: Box<[OnceCell<Block>]>,
     elements: usize,
     _elements: PhantomData<T>,
 }
 
-// SAFETY: the mapping belongs to this value alone and is only read and written volatile.
+// SAFETY: the mappings belong to this value alone and are only read and written volatile.
 unsafe impl<T: Pod + Send> Send for MappedArray<T> {}
 
 impl<T: Pod> MappedArray<T> {
-    /// Maps the first `elements` elements.
+    /// Of the first `elements` elements.
     pub fn new(map: &MapData, elements: usize) -> io::Result<Self> {
         assert!(
             size_of::<T>().is_multiple_of(8),
             "the kernel pads elements to 8 bytes"
         );
-        let length_bytes = (elements * size_of::<T>()).next_multiple_of(page_bytes());
-        // SAFETY: a new shared mapping of the map's memory; the result is checked.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length_bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.fd().as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
-        Ok(Self {
-            base,
-            length_bytes,
+        let mapped = Self {
+            map: map.fd().as_fd().try_clone_to_owned()?,
+            blocks: (0..elements.div_ceil(BLOCK_ELEMENTS))
+                .map(|_| OnceCell::new())
+                .collect(),
             elements,
             _elements: PhantomData,
-        })
+        };
+        // What cannot be mapped at all is told now.
+        if let Some(first) = mapped.blocks.first() {
+            let _ = first.set(mapped.map_block(0)?);
+        }
+        Ok(mapped)
     }
 
-    /// How many elements are mapped.
+    /// How many elements there are.
     #[must_use]
     pub const fn elements(&self) -> usize {
         self.elements
+    }
+
+    fn map_block(&self, block: usize) -> io::Result<Block> {
+        let first = block * BLOCK_ELEMENTS;
+        let count = BLOCK_ELEMENTS.min(self.elements - first);
+        let length_bytes = (count * size_of::<T>()).next_multiple_of(page_bytes());
+        Block::new(self.map.as_fd(), first * size_of::<T>(), length_bytes)
     }
 
     fn element(&self, index: usize) -> *mut T {
@@ -69,8 +72,14 @@ impl<T: Pod> MappedArray<T> {
             "element {index} of {}",
             self.elements
         );
+        let (block, within) = (index / BLOCK_ELEMENTS, index % BLOCK_ELEMENTS);
+        let block = self.blocks[block].get_or_init(|| {
+            // The kernel has mapped another part of it, so that only memory for page tables can lack.
+            self.map_block(block)
+                .unwrap_or_else(|error| panic!("failed to map a BPF map: {error}"))
+        });
         // SAFETY: inside the mapping, which is page-aligned, and `T`'s size a multiple of 8.
-        unsafe { self.base.as_ptr().add(index * size_of::<T>()).cast() }
+        unsafe { block.base.as_ptr().cast::<T>().add(within) }
     }
 
     /// Copies an element, eight bytes at a time, so that no counter is read in halves.
@@ -94,7 +103,36 @@ impl<T: Pod> MappedArray<T> {
     }
 }
 
-impl<T> Drop for MappedArray<T> {
+/// A part of a map in our own address space.
+#[derive(Debug)]
+struct Block {
+    base: NonNull<u8>,
+    length_bytes: usize,
+}
+
+impl Block {
+    fn new(map: BorrowedFd<'_>, offset_bytes: usize, length_bytes: usize) -> io::Result<Self> {
+        let offset = libc::off_t::try_from(offset_bytes).map_err(io::Error::other)?;
+        // SAFETY: a new shared mapping of the map's memory; the result is checked.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length_bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
+        Ok(Self { base, length_bytes })
+    }
+}
+
+impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `new`.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.length_bytes) };
