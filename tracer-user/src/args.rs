@@ -224,7 +224,7 @@ pub struct TraceOptions {
     /// Do not probe the allocators: only what --alloc-fn, --free-fn, --definitions and --preset name
     #[arg(long)]
     pub no_heap: bool,
-    /// Live blocks that the ledger has room for (about 104 bytes of kernel memory each)
+    /// Live blocks that the ledger has room for (about 112 bytes of kernel memory each, once they are there)
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_LIVE,
           value_parser = clap::value_parser!(u32).range(16..=1 << 28))]
     pub max_live: u32,
