@@ -10,10 +10,9 @@ use std::{
 
 use unfreed_tests::{
     books::{Books, Counts, field},
-    bpf,
     fixture::Fixture,
     machine,
-    process::Process,
+    process::{From, Process},
     report::{Report, assert_consistent},
     skip,
     target::{self, Run, Target},
@@ -224,14 +223,15 @@ fn assert_late_allocator_exact(library: Fixture, program: Fixture, options: &[&s
     let _turn = machine::take();
     let mut target = Target::start(&program, &[&library.display().to_string()]);
     let session = Unfreed::attach(&[target.pid()])
+        .options(["-v"])
         .options(options)
         .start()
         .tracing();
-    let before = bpf::links_of(session.process.pid()).len();
+    let name = library.file_name().expect("a file's name");
+    let name = name.to_str().expect("a name in UTF-8");
     target.process.ask("go", "loaded");
-    // At functions that free, at entries and at returns.
-    wait::until_true("the library is probed", wait::LONG, || {
-        bpf::links_of(session.process.pid()).len() >= before + 3
+    session.process.line(From::Stderr, |line| {
+        line.contains("probing ") && line.ends_with(name)
     });
     target.work();
     let outcome = session.stop();
