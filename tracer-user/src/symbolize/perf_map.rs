@@ -135,22 +135,29 @@ impl PerfMap {
     /// The function that has made a call which returns to this address.
     pub fn caller(&mut self, return_address: u64) -> Option<Rc<str>> {
         let call = return_address.checked_sub(1)?;
-        if self.functions.at(call).is_none()
-            && let Err(error) = self.look()
-        {
+        // First, as what was at the address may have made room for another function.
+        let mut read = self.read_on();
+        if self.functions.at(call).is_none() && read.is_ok() {
+            read = self.look();
+        }
+        if let Err(error) = read {
             log::debug!("no perf map of PID {}: {error}", self.pid);
         }
         self.functions.at(call).cloned()
     }
 
-    /// Reads what is new. That the map has grown is seen at once; that there is one, or another, at
-    /// the next look at its path.
-    fn look(&mut self) -> io::Result<()> {
-        if let Some(reading) = &mut self.reading
-            && reading.offset < reading.file.metadata()?.len().min(MAX_BYTES)
-        {
-            return reading.read_on(&mut self.functions, MAX_BYTES);
+    /// Reads what the map has grown by.
+    fn read_on(&mut self) -> io::Result<()> {
+        match &mut self.reading {
+            Some(reading) if reading.offset < reading.file.metadata()?.len().min(MAX_BYTES) => {
+                reading.read_on(&mut self.functions, MAX_BYTES)
+            }
+            _ => Ok(()),
         }
+    }
+
+    /// Looks at the path, where there may be a map now, or another one.
+    fn look(&mut self) -> io::Result<()> {
         let now = Instant::now();
         if now < self.next_look {
             return Ok(());
