@@ -70,6 +70,7 @@ pub struct Unfreed {
     subject: Vec<OsString>,
     environment: Option<Vec<(OsString, OsString)>>,
     with_report: bool,
+    is_exact: bool,
 }
 
 fn strings<S: AsRef<OsStr>>(items: impl IntoIterator<Item = S>) -> Vec<OsString> {
@@ -88,6 +89,7 @@ impl Unfreed {
             subject: Vec::new(),
             environment: None,
             with_report: true,
+            is_exact: true,
         }
     }
 
@@ -141,6 +143,13 @@ impl Unfreed {
         self
     }
 
+    /// Leaves out `--exact`, which `attach` gets else: what is tested does not depend on how busy the host is.
+    #[must_use]
+    pub const fn within_a_budget(mut self) -> Self {
+        self.is_exact = false;
+        self
+    }
+
     /// With a JSON report in a file, which verbs other than these have not.
     #[must_use]
     pub fn with_report(mut self) -> Self {
@@ -170,6 +179,9 @@ impl Unfreed {
         if self.with_report {
             words.extend(strings(["--format", "json", "-o"]));
             words.push(report.clone().into());
+        }
+        if self.verb == "attach" && self.is_exact {
+            words.push("--exact".into());
         }
         words.extend(self.options);
         words.extend(self.subject);

@@ -77,7 +77,10 @@ fn windows(duty: f64, seed: u64) -> Vec<Window> {
     let mut state = seed;
     let (mut windows, mut at) = (Vec::new(), Duration::ZERO);
     loop {
-        at += schedule.gap(random(&mut state), at, windows.len() as u32);
+        at += schedule.gap(
+            random(&mut state),
+            schedule.ahead_s(at, windows.len() as u32),
+        );
         let window = Window {
             opened_ns: at.as_nanos() as u64,
             intake_ended_ns: (at + schedule.intake).as_nanos() as u64,

@@ -80,8 +80,8 @@ pub struct Config {
     pub mm_brk: u32,
     /// Buckets of the ledger, a power of two.
     pub ledger_buckets: u32,
-    /// [`crate::instance::Instance::rate`] of instances that the BPF side opens, but for forked ones.
-    pub rate: u32,
+    /// Makes the next field aligned.
+    pub padding: u32,
     /// Whose programs become instances when they are executed.
     pub starts: Starts,
 }

@@ -73,10 +73,11 @@ pub struct Instance {
     pub generation: u32,
     /// The process that it was opened for; 0 while the number is free.
     pub tgid: u32,
-    /// Number of the [`crate::sampling::Rate`] at which it is sampled, from 1 on; 0 if every call is recorded.
-    pub rate: u32,
-    /// Not 0 if it was sampled at any time: then frees may be of blocks that others stood for.
+    /// Not 0 if it was sampled at any time, or recorded in windows: then frees may be of blocks that others stood
+    /// for, or of none that was recorded.
     pub was_sampled: u32,
+    /// Makes what follows aligned.
+    pub padding: u32,
     /// Entries of functions that were seen, a few of each thread not yet counted.
     pub entries: u64,
     /// Returns, likewise.

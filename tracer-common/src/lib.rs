@@ -14,6 +14,7 @@ pub mod instance;
 pub mod kernel_function;
 pub mod ledger;
 pub mod missed;
+pub mod recording;
 pub mod sampling;
 pub mod site;
 pub mod unwind;

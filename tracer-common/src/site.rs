@@ -84,6 +84,15 @@ pub struct Site {
     pub live_bytes_variance: u64,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,
+    /// Of `frees`, those seen of blocks born before the window that was open ([`crate::recording::Recording::opened_ns`]).
+    pub old_frees: u64,
+    /// Of `frees`, blocks born before the window that was open whose address was allocated again: they were
+    /// freed while no probe stood.
+    pub reused: u64,
+    /// Of `frees`, blocks born before [`crate::recording::Recording::since_ns`], seen or not. They have no lifetime.
+    pub former_frees: u64,
+    /// Their bytes.
+    pub former_freed_bytes: u64,
     /// Freed blocks by lifetime, see [`crate::histogram::lifetime_slot`].
     pub lifetimes: [u64; LIFETIME_SLOTS],
     /// Live blocks by birth, see [`crate::histogram::birth_slice`].
@@ -107,6 +116,10 @@ impl Default for Site {
             alloc_bytes_variance: 0,
             live_bytes_variance: 0,
             missed_frees: 0,
+            old_frees: 0,
+            reused: 0,
+            former_frees: 0,
+            former_freed_bytes: 0,
             lifetimes: [0; LIFETIME_SLOTS],
             births: [0; BIRTH_SLICES],
         }
@@ -114,7 +127,7 @@ impl Default for Site {
 }
 
 const _: () = {
-    assert!(size_of::<Site>() == 96 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
+    assert!(size_of::<Site>() == 128 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
     assert!(size_of::<Site>().is_multiple_of(8));
 };
 pod!(Site);

@@ -16,6 +16,7 @@ use tracer_common::{
     instance::Instance,
     ledger::{Block, BlockKey, Scope, family_of, instance_of, scope},
     missed::Missed,
+    recording::Recording,
     site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved, variances},
 };
 
@@ -23,7 +24,7 @@ use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
     blocks::{self, Inserted, NO_BLOCK},
     maps::{EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES, config},
-    missed,
+    missed, recording,
     stack::{self, Stack},
 };
 
@@ -53,13 +54,21 @@ pub(crate) fn put_back(scope: Scope, address: u64, block: &Block) {
 
 /// Books the end of a block that [`take`] gave.
 #[inline(always)]
-pub(crate) fn count_free(state: &Instance, block: &Block) {
+pub(crate) fn count_free(state: &Instance, recording: &Recording, block: &Block) {
     let Some(site) = SITES.get_ptr_mut(block.site) else {
         missed::count(Missed::MapErrors);
         return;
     };
     // SAFETY: no argument, and field addresses of a live map element.
     unsafe {
+        if recording::is_old(recording, block.birth_ns) {
+            let old_frees = &raw mut (*site).old_frees;
+            if !count_old(recording, site, block, old_frees) {
+                // It may be another block's free, that got its address while nobody looked.
+                end_of_life(state, site, block);
+                return;
+            }
+        }
         let lifetime_ns = bpf_ktime_get_ns().wrapping_sub(block.birth_ns);
         let slot = opaque(lifetime_slot(lifetime_ns));
         if slot < LIFETIME_SLOTS {
@@ -67,6 +76,33 @@ pub(crate) fn count_free(state: &Instance, block: &Block) {
         }
         end_of_life(state, site, block);
     }
+}
+
+/// Counts the end of a block that is old, by this counter of its site unless it is former. Gives whether it
+/// is not.
+///
+/// # Safety
+///
+/// `site` is a live map element, and `counter` a field of it.
+#[inline(always)]
+unsafe fn count_old(
+    recording: &Recording,
+    site: *mut Site,
+    block: &Block,
+    counter: *mut u64,
+) -> bool {
+    let weight = u64::from(block.weight);
+    // SAFETY: as the caller promises.
+    unsafe {
+        if !recording::is_former(recording, block.birth_ns) {
+            add_u64(counter, weight);
+            return true;
+        }
+        add_u64(&raw mut (*site).former_frees, weight);
+        let bytes = block.size_bytes.wrapping_mul(weight);
+        add_u64(&raw mut (*site).former_freed_bytes, bytes);
+    }
+    false
 }
 
 /// # Safety
@@ -135,6 +171,7 @@ unsafe fn births_of(state: &Instance, site: *mut Site, birth_ns: u64) -> Option<
 pub(crate) fn record(
     regs: *const pt_regs,
     state: &Instance,
+    recording: &Recording,
     scope: Scope,
     address: u64,
     size_bytes: u64,
@@ -161,7 +198,7 @@ pub(crate) fn record(
     let mut before = NO_BLOCK;
     match blocks::insert(&key, &block, &mut before) {
         Inserted::New => {}
-        Inserted::Replaced => replace(state, site, site_id, &before),
+        Inserted::Replaced => replace(state, recording, site, site_id, &before),
         Inserted::Not => return,
     }
     // SAFETY: field addresses of a live map element.
@@ -185,11 +222,33 @@ pub(crate) fn record(
     }
 }
 
-/// The lie detector: the allocator handed out an address that the ledger believed to be live, so a
-/// free was not seen. The block before is booked as freed, without a lifetime, and both sites are
-/// marked.
+/// The allocator handed out an address while no new blocks are recorded: what the ledger has there was freed.
 #[inline(always)]
-fn replace(state: &Instance, site: *mut Site, site_id: u32, before: &Block) {
+pub(crate) fn notice_reuse(state: &Instance, recording: &Recording, scope: Scope, address: u64) {
+    let mut before = NO_BLOCK;
+    if take(scope, address, &mut before)
+        && let Some(site) = SITES.get_ptr_mut(before.site)
+    {
+        replace(state, recording, site, before.site, &before);
+    }
+}
+
+/// The allocator handed out an address that the ledger believed to be live, so a free was not seen. The block
+/// before is booked as freed, without a lifetime. If it was not born while probes were away, this is
+/// the lie detector, and both sites are marked.
+#[inline(always)]
+fn replace(state: &Instance, recording: &Recording, site: *mut Site, site_id: u32, before: &Block) {
+    if recording::is_old(recording, before.birth_ns) {
+        if let Some(site_before) = SITES.get_ptr_mut(before.site) {
+            // SAFETY: live map element.
+            unsafe {
+                let reused = &raw mut (*site_before).reused;
+                count_old(recording, site_before, before, reused);
+                end_of_life(state, site_before, before);
+            }
+        }
+        return;
+    }
     missed::count(Missed::MissedFrees);
     // SAFETY: field address of a live map element.
     unsafe { add_u64(&raw mut (*site).missed_frees, 1) };

@@ -22,7 +22,7 @@ use crate::{
     atomic::{add_u32, and_u32},
     kernel, ledger,
     maps::{EVENTS, FREE_INSTANCES, INSTANCES, PROCESSES, config},
-    missed,
+    missed, recording,
     thread::{self, ThreadKey},
 };
 
@@ -105,14 +105,13 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
     // SAFETY: a live map element that no membership names yet, and the parent's, which only the user
     // side closes, after this process was told of.
     let generation = unsafe {
-        let (segments, changes, seen, rate) = match parent {
+        let (segments, changes, seen) = match parent {
             Some(parent) => (
                 (&raw const (*parent).segments).read_volatile(),
                 (*parent).code_changes,
                 (*parent).code_seen,
-                (*parent).rate,
             ),
-            None => (0, 0, 0, config!(rate)),
+            None => (0, 0, 0),
         };
         (*state).armed_at_ns = bpf_ktime_get_ns();
         (*state).trampoline = 0;
@@ -130,8 +129,7 @@ fn open(tgid: u32, parent: Option<*const Instance>) -> Option<u32> {
         (*state).sites = 0;
         (*state).live_blocks = 0;
         (*state).sampled_out = 0;
-        (*state).rate = rate;
-        (*state).was_sampled = rate;
+        (*state).was_sampled = u32::from(recording::leaves_out());
         (*state).entries = 0;
         (*state).returns = 0;
         (*state).generation = (*state).generation.wrapping_add(1);

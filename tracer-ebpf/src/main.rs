@@ -29,6 +29,7 @@ mod missed;
 mod pending;
 mod probes;
 mod ranges;
+mod recording;
 mod registers;
 mod sampling;
 mod session;

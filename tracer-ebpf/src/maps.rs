@@ -13,6 +13,7 @@ use tracer_common::{
     instance::{Instance, MAX_INSTANCES, Membership},
     ledger::{Block, BlockKey, Bucket},
     missed::MISSED_COUNTERS,
+    recording::Recording,
     sampling::{MAX_RATES, Rate},
     site::{Site, SiteKey},
     unwind::{CHUNK_WORDS, Segment},
@@ -71,7 +72,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_next: 0,
     mm_brk: 0,
     ledger_buckets: 0,
-    rate: 0,
+    padding: 0,
     starts: Starts::NONE,
 });
 
@@ -123,7 +124,11 @@ pub(crate) static RESERVED_SITES: Queue<u32> = Queue::with_max_entries(1 << 10, 
 #[map]
 pub(crate) static THREADS: Array<Thread> = Array::with_max_entries(thread::SLOTS, 0);
 
-/// Rates of sampling, see [`tracer_common::instance::Instance::rate`].
+/// How much is recorded at present (one element).
+#[map]
+pub(crate) static RECORDING: Array<Recording> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Rates of sampling, see [`tracer_common::recording::Recording::rate`].
 #[map]
 pub(crate) static RATES: Array<Rate> = Array::with_max_entries(MAX_RATES, BPF_F_MMAPABLE);
 

@@ -5,9 +5,10 @@ use tracer_common::{
     instance::Instance,
     ledger::{Block, Scope, scope},
     missed::Missed,
+    recording::Recording,
 };
 
-use crate::{kernel, ledger, maps::INSTANCES, missed};
+use crate::{kernel, ledger, maps::INSTANCES, missed, recording};
 
 /// What is known at a call's entry and needed at its return.
 #[repr(C)]
@@ -36,8 +37,8 @@ pub(crate) struct Pending {
     pub(crate) generation: u32,
     /// How many blocks the new one stands for, 0 if it is not recorded.
     pub(crate) weight: u32,
-    /// Makes it a whole number of words.
-    pub(crate) padding: u32,
+    /// [`tracer_common::recording::Recording::number`] when it was entered.
+    pub(crate) recording: u32,
 }
 
 impl Pending {
@@ -60,6 +61,20 @@ impl Pending {
     pub(crate) fn state(&self) -> Option<*mut Instance> {
         let state = INSTANCES.get_ptr_mut(self.instance)?;
         self.is_of(self.instance, state).then_some(state)
+    }
+
+    /// Whether the call was entered while the probes stood that stand now.
+    #[inline(always)]
+    pub(crate) fn is_seen_through(&self, recording: &Recording) -> bool {
+        self.recording == recording::number(recording)
+    }
+
+    /// Drops the call if its return cannot have been seen, as no probe stood for a time.
+    #[inline(always)]
+    pub(crate) fn drop_unseen(&mut self, recording: &Recording) {
+        if self.return_slot != 0 && !self.is_seen_through(recording) {
+            self.abandon();
+        }
     }
 
     /// Ends the call without a result. What a `realloc` had taken is put back: nobody said that it was

@@ -24,7 +24,7 @@ use crate::{
     maps::{NO_PROGRAMS, config},
     missed,
     pending::{self, Pending},
-    registers, sampling, session,
+    recording, registers, sampling, session,
     thread::{self, ThreadKey},
 };
 
@@ -90,9 +90,14 @@ pub(crate) extern "C" fn alloc_call(ctx: *mut c_void) -> u32 {
 fn enter(ctx: &ProbeContext) -> Option<()> {
     let cookie = cookie(ctx.as_ptr());
     let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
+    let recording = recording::current()?;
+    if !recording::is_open(recording) {
+        return None;
+    }
     let regs: *const pt_regs = ctx.regs;
     // SAFETY: the program's own context.
     let stack_pointer = unsafe { (*regs).rsp };
+    thread.pending.drop_unseen(recording);
     if thread.pending.return_slot != 0 {
         let pending = &mut thread.pending;
         if pending.is_of(instance, state) && pending::is_nested(pending, stack_pointer) {
@@ -113,8 +118,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         // A handle is a handle.
         1
     } else {
-        // SAFETY: a live map element.
-        sampling::weight(unsafe { &*state }, thread, size_bytes)
+        sampling::weight(recording, thread, size_bytes)
     };
     let pending = &mut thread.pending;
     pending.weight = weight;
@@ -124,6 +128,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     pending.instance = instance;
     // SAFETY: a live map element.
     pending.generation = unsafe { (*state).generation };
+    pending.recording = recording::number(recording);
     pending.old_address = registers::get(regs, cookie.pointer());
     pending.old_taken = 0;
     // The address may be handed out again the moment that the allocator has it.
@@ -195,14 +200,20 @@ fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
         return None;
     }
 
+    let recording = recording::current()?;
+    pending.drop_unseen(recording);
+    if pending.return_slot == 0 {
+        return None;
+    }
     // An `exec` would have dropped the call, so the thread is still in the instance it was in.
     let Some(state) = pending.state() else {
         pending.return_slot = 0;
         return None;
     };
     // SAFETY: a live map element.
-    if unsafe { (*state).flags } & ARMED == 0 {
-        // Disarmed meanwhile: the books stay as they were at that moment.
+    let is_armed = unsafe { (*state).flags } & ARMED != 0;
+    if !is_armed || !recording::is_open(recording) {
+        // Over meanwhile: the books stay as they were at that moment.
         pending.abandon();
         return None;
     }
@@ -224,11 +235,15 @@ fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
         return None;
     }
     if pending.old_taken != 0 {
-        ledger::count_free(state, &pending.old);
+        ledger::count_free(state, recording, &pending.old);
     } else if old_address != 0 {
         untracked_free(state);
     }
     if address == 0 || pending.weight == 0 {
+        return None;
+    }
+    if !recording::takes_in(recording) {
+        ledger::notice_reuse(state, recording, scope, address);
         return None;
     }
     if is_sized
@@ -240,7 +255,7 @@ fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
         return None;
     }
     let (size_bytes, weight) = (pending.size_bytes, pending.weight);
-    ledger::record(regs, state, scope, address, size_bytes, weight);
+    ledger::record(regs, state, recording, scope, address, size_bytes, weight);
     Some(())
 }
 
@@ -284,8 +299,9 @@ pub(crate) fn free_enter(ctx: ProbeContext) -> u32 {
 fn free(ctx: &ProbeContext) -> Option<()> {
     let cookie = cookie(ctx.as_ptr());
     let (thread, instance, state) = thread::recorded(ThreadKey::new(pid_tgid(), cookie.family()))?;
+    let recording = recording::current()?;
     let address = registers::get(ctx.regs, cookie.pointer());
-    if address == 0 {
+    if address == 0 || !recording::is_open(recording) {
         return None;
     }
     let scope = scope(instance, cookie.family());
@@ -294,10 +310,11 @@ fn free(ctx: &ProbeContext) -> Option<()> {
     let mut block = NO_BLOCK;
     if ledger::take(scope, address, &mut block) {
         thread.last_freed = address;
-        ledger::count_free(state, &block);
+        ledger::count_free(state, recording, &block);
         return Some(());
     }
     let pending = &mut thread.pending;
+    pending.drop_unseen(recording);
     if pending.return_slot != 0 {
         // SAFETY: the program's own context.
         if pending::is_nested(pending, unsafe { (*ctx.regs).rsp }) {
@@ -310,7 +327,7 @@ fn free(ctx: &ProbeContext) -> Option<()> {
         pending.abandon();
         if ledger::take(scope, address, &mut block) {
             thread.last_freed = address;
-            ledger::count_free(state, &block);
+            ledger::count_free(state, recording, &block);
             return Some(());
         }
     }

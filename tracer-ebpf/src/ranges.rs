@@ -21,7 +21,7 @@ use crate::{
     missed,
     pending::{self, Pending},
     probes::{cookie, pid_tgid, refuse_private_stack},
-    registers,
+    recording, registers,
     thread::{self, ThreadKey},
 };
 
@@ -76,6 +76,7 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     let stack_pointer = unsafe { (*regs).rsp };
     if let Some(heap) = thread::find(ThreadKey::new(pid_tgid, HEAP))
         && heap.pending.return_slot != 0
+        && heap.pending.is_seen_through(recording::current()?)
         && pending::is_nested(&heap.pending, stack_pointer)
     {
         // The allocator's own business.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use tracer_common::{
-    instance::Instance,
+    recording::Recording,
     sampling::{LOGARITHMS, SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance, size_class},
 };
 
@@ -16,9 +16,9 @@ fn random() -> u64 {
 
 /// How many blocks a block of that size stands for, which a thread is about to allocate; 0 if it is not recorded.
 #[inline(always)]
-pub(crate) fn weight(state: &Instance, thread: &mut Thread, size_bytes: u64) -> u32 {
+pub(crate) fn weight(recording: &Recording, thread: &mut Thread, size_bytes: u64) -> u32 {
     // SAFETY: a field of a live map element.
-    let rate = unsafe { (&raw const state.rate).read_volatile() };
+    let rate = unsafe { (&raw const recording.rate).read_volatile() };
     if rate == 0 {
         return 1;
     }

@@ -20,11 +20,12 @@ use crate::{
     definitions::Definitions,
     discover::{allocators::Call, process::Process},
     files::Location,
-    report::{Exit, FamilyReport, ProcessReport, SiteReport, Totals},
+    report::{Exit, FamilyReport, LeakRate, ProcessReport, SiteReport, Totals},
     sampling::Variances,
     stacks::{Stack, StackQuality},
     symbolize::Names,
     target::{End, Target},
+    windows::Estimate,
 };
 
 /// Live blocks of a site, from a walk through the ledger.
@@ -66,6 +67,10 @@ pub struct Figures<'a> {
     pub sites: &'a [(u32, Site)],
     /// Stacks of all sites.
     pub stacks: &'a HashMap<u32, Rc<Stack>>,
+    /// What sites leak, where windows told.
+    pub leaks: &'a HashMap<u32, Estimate>,
+    /// Whether calls were recorded in windows at any time.
+    pub was_windowed: bool,
     /// Ages of live blocks of all sites; empty if they were not looked at.
     pub ages: &'a HashMap<u32, Ages>,
     /// When recording ended, or now.
@@ -124,6 +129,8 @@ pub struct SiteAccount {
     pub variances: Variances,
     /// Where it is; none if that is not known.
     pub stack: Option<Rc<Stack>>,
+    /// What it leaks, where windows told.
+    pub leak: Option<LeakRate>,
     /// Its live blocks, if they were looked at and there were any.
     pub ages: Option<Ages>,
 }
@@ -137,6 +144,11 @@ impl SiteAccount {
         self.freed_bytes += other.freed_bytes;
         self.missed_frees += other.missed_frees;
         self.variances.add(&other.variances);
+        match (&mut self.leak, &other.leak) {
+            (Some(ours), Some(theirs)) => ours.join(theirs),
+            (ours, Some(theirs)) => *ours = Some(theirs.clone()),
+            (_, None) => {}
+        }
         match (&mut self.ages, &other.ages) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
             (ours, theirs) => *ours = ours.or(*theirs),
@@ -239,7 +251,14 @@ impl Account {
         for (id, site) in figures.sites {
             let stack = figures.stacks.get(id);
             let family = Family::try_from(site.family).unwrap_or(HEAP);
-            if state.was_sampled != 0 && stack.is_some_and(|stack| is_nested(stack, family)) {
+            let misses_calls = state.was_sampled != 0;
+            let is_mapping = figures.definitions.mappings() == Some(family);
+            let outer = match is_mapping && figures.was_windowed {
+                // The allocator's own business, which shows only while its probes stand.
+                true => HEAP,
+                false => family,
+            };
+            if misses_calls && stack.is_some_and(|stack| is_nested(stack, outer)) {
                 continue;
             }
             quality.add(stack.map(AsRef::as_ref), site.allocs);
@@ -253,6 +272,7 @@ impl Account {
                 freed_bytes: site.freed_bytes,
                 missed_frees: site.missed_frees,
                 variances: Variances::of(site),
+                leak: figures.leaks.get(id).map(LeakRate::from),
                 stack: stack.cloned(),
                 ages: figures.ages.get(id).copied(),
             };
@@ -428,6 +448,7 @@ impl SiteAccount {
             live_blocks,
             live_bytes,
             margins: self.variances.margins(),
+            leak_rate: self.leak.clone(),
             oldest_s: self
                 .ages
                 .filter(|_| live_blocks > 0)

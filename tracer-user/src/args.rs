@@ -124,6 +124,8 @@ Examples:
   unfreed attach --container web --duration 60
   unfreed attach --cgroup system.slice/app.service
   unfreed attach --all --exclude chrome
+  unfreed attach 4242 --max-overhead 2%   cost it no more than that; the default is 5%
+  unfreed attach 4242 --exact             record every call, whatever it costs
   unfreed attach 4242 --older 30000       only blocks that are older than half a minute
   unfreed attach 4242 --format json -o report.json --duration 60")]
     Attach(Attach),
@@ -205,6 +207,14 @@ pub struct TraceOptions {
     /// (`512k`); costs less memory and time, and figures get margins of error
     #[arg(long, value_name = "BYTES", value_parser = byte_size)]
     pub sample_bytes: Option<u64>,
+    /// Keep what tracing costs below this share of the processes' own processor time: where recording every
+    /// call takes more, only some are recorded, or all for some of the time, and figures are
+    /// estimates; `off` for no limit [default for attach: 5%]
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub max_overhead: Option<f64>,
+    /// Record every call, whatever it costs
+    #[arg(long, conflicts_with_all = ["max_overhead", "sample_bytes"])]
+    pub exact: bool,
     /// Probe only the allocator in this file (a path, or the file's name)
     #[arg(short = 'O', long, value_name = "FILE")]
     pub object: Option<PathBuf>,
@@ -282,6 +292,8 @@ impl Default for TraceOptions {
             min_size: 0,
             max_size: u64::MAX,
             sample_bytes: None,
+            max_overhead: None,
+            exact: false,
             object: None,
             symbol_prefix: None,
             pairs: Pairs::default(),
@@ -600,6 +612,19 @@ fn byte_size(text: &str) -> Result<u64, String> {
     match number.checked_mul(1 << shift) {
         Some(bytes) if (1..=MOST).contains(&bytes) => Ok(bytes),
         _ => Err("it must be from 1 byte to 1 GiB".to_owned()),
+    }
+}
+
+/// A share, given in per cent, as `3%`, `3` or `0.5%`, or `off` for any.
+fn percent(text: &str) -> Result<f64, String> {
+    if text == "off" {
+        return Ok(f64::INFINITY);
+    }
+    let number = text.strip_suffix('%').unwrap_or(text).trim_end();
+    match number.parse::<f64>() {
+        Ok(percent) if (0.1..=1000.0).contains(&percent) => Ok(percent / 100.0),
+        Ok(_) => Err("it must be from 0.1% to 1000%".to_owned()),
+        Err(_) => Err("it is no percentage (as 5% or 0.5%), nor \"off\"".to_owned()),
     }
 }
 

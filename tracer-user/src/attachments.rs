@@ -26,6 +26,7 @@ use crate::{
         module::{FileId, Function},
     },
     files::{AddressSpace, KnownFile, Segment},
+    probe_set::ProbeSet,
 };
 
 /// Processes that share a file from which on one probe for all is cheaper for each of them than one
@@ -47,7 +48,7 @@ pub struct Attachments {
 #[derive(Debug)]
 struct Standing {
     build_id: Option<String>,
-    links: Vec<Link>,
+    probes: Option<ProbeSet>,
     /// Since when, `CLOCK_MONOTONIC` in nanoseconds.
     since_ns: u64,
 }
@@ -89,7 +90,7 @@ impl Attachments {
         segment: &Segment,
         functions: &[&Function],
         measure: Option<Measure>,
-    ) -> anyhow::Result<Vec<Link>> {
+    ) -> anyhow::Result<Option<ProbeSet>> {
         let points = |wanted: &dyn Fn(Call) -> bool| -> Vec<Point> {
             functions
                 .iter()
@@ -136,7 +137,7 @@ impl Attachments {
         pid: u32,
         segment: &Segment,
         file_offset: u64,
-    ) -> anyhow::Result<Vec<Link>> {
+    ) -> anyhow::Result<Option<ProbeSet>> {
         let point = Point {
             file_offset,
             cookie: 0,
@@ -151,9 +152,9 @@ impl Attachments {
         pid: u32,
         segment: &Segment,
         programs: &[(ProbeProgram, Vec<Point>)],
-    ) -> anyhow::Result<Vec<Link>> {
+    ) -> anyhow::Result<Option<ProbeSet>> {
         let Some(part) = segment.mapping.file() else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         let is_report = programs
             .iter()
@@ -164,7 +165,7 @@ impl Attachments {
         if (is_shared && self.standing.contains_key(&key))
             || self.is_same_file(key, pid, segment, build_id, programs)
         {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let scope = match is_shared {
             true => Scope::All,
@@ -173,25 +174,20 @@ impl Attachments {
             }
         };
         let path = segment.mapping.map_file(pid);
-        let mut attached = Vec::new();
-        for (program, points) in programs {
-            let links = tracer
-                .attach(*program, &path, points, scope)
-                .with_context(|| format!("PID {pid}"))?;
-            attached.extend(links);
-        }
+        let attached = ProbeSet::attach(tracer, &path, programs, scope)
+            .with_context(|| format!("PID {pid}"))?;
         if !is_shared {
-            return Ok(attached);
+            return Ok(Some(attached));
         }
         self.standing.insert(
             key,
             Standing {
                 build_id: build_id.map(str::to_owned),
-                links: attached,
+                probes: Some(attached),
                 since_ns: monotonic_ns(),
             },
         );
-        Ok(Vec::new())
+        Ok(None)
     }
 
     /// Whether a file is one that was probed under another name. Container images share files, but
@@ -221,7 +217,7 @@ impl Attachments {
                 key,
                 Standing {
                     build_id: build_id.map(str::to_owned),
-                    links: Vec::new(),
+                    probes: None,
                     since_ns: monotonic_ns(),
                 },
             );
@@ -272,14 +268,33 @@ impl Attachments {
         let unused = self
             .standing
             .extract_if(|(file, _), _| !used.contains(file));
-        unused.flat_map(|(_, standing)| standing.links).collect()
+        unused
+            .filter_map(|(_, standing)| standing.probes)
+            .flat_map(ProbeSet::detach)
+            .collect()
+    }
+
+    /// Gives the links of those probes that are for all and do not stay between windows.
+    pub fn take_away(&mut self) -> Vec<Link> {
+        self.probes().flat_map(ProbeSet::take_away).collect()
+    }
+
+    /// Attaches those again that were taken away.
+    pub fn put_back(&mut self, tracer: &mut Tracer) -> anyhow::Result<()> {
+        self.probes().try_for_each(|probes| probes.put_back(tracer))
+    }
+
+    fn probes(&mut self) -> impl Iterator<Item = &mut ProbeSet> {
+        let standing = self.standing.values_mut();
+        standing.filter_map(|standing| standing.probes.as_mut())
     }
 
     /// Takes the probes that are for all away.
     pub fn detach(&mut self) -> Vec<Link> {
         self.standing
             .drain()
-            .flat_map(|(_, standing)| standing.links)
+            .filter_map(|(_, standing)| standing.probes)
+            .flat_map(ProbeSet::detach)
             .collect()
     }
 }

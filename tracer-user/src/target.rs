@@ -26,6 +26,7 @@ use crate::{
     },
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     preflight::no_allocator,
+    probe_set::ProbeSet,
     ranges::Ranges,
     report::{Exit, units::counted},
     unwind::{
@@ -83,7 +84,7 @@ pub struct Target {
     /// Whether its code is not what was published.
     pub is_unpublished: bool,
     /// Probes that are for it alone.
-    links: Vec<Link>,
+    own_probes: Vec<ProbeSet>,
     had_own_probes: bool,
     /// For stacks that the kernel side could not finish.
     unwinder: Option<Unwinder>,
@@ -177,7 +178,7 @@ impl Target {
             is_held: false,
             number: 0,
             is_unpublished: true,
-            links: Vec::new(),
+            own_probes: Vec::new(),
             had_own_probes: false,
             unwinder: None,
             published: Vec::new(),
@@ -378,9 +379,9 @@ impl Target {
         }
         self.probed.insert(part.file);
         let pid = self.process.pid;
-        let links = attachments.probe(tracer, pid, segment, &functions, wanted.measure)?;
-        self.had_own_probes |= !links.is_empty();
-        self.links.extend(links);
+        let own = attachments.probe(tracer, pid, segment, &functions, wanted.measure)?;
+        self.had_own_probes |= own.is_some();
+        self.own_probes.extend(own);
         let probes = functions
             .iter()
             .filter(|function| function.call != Call::Jump)
@@ -543,8 +544,8 @@ impl Target {
             let Some(file_offset) = module.loader_report else {
                 continue;
             };
-            let links = attachments.hook_loader(tracer, self.process.pid, segment, file_offset)?;
-            self.links.extend(links);
+            let own = attachments.hook_loader(tracer, self.process.pid, segment, file_offset)?;
+            self.own_probes.extend(own);
             return Ok(true);
         }
         Ok(false)
@@ -594,7 +595,7 @@ impl Target {
     /// Whether probes stand that are for this process alone.
     #[must_use]
     pub fn has_own_probes(&self) -> bool {
-        !self.links.is_empty()
+        !self.own_probes.is_empty()
     }
 
     /// Whether every probe that it hits is for all processes.
@@ -606,6 +607,19 @@ impl Target {
     /// Ends recording and gives the probes to be taken away.
     pub fn disarm(&mut self, tracer: &Tracer) -> Vec<Link> {
         tracer.disarm(self.instance);
-        std::mem::take(&mut self.links)
+        let own = std::mem::take(&mut self.own_probes);
+        own.into_iter().flat_map(ProbeSet::detach).collect()
+    }
+
+    /// Gives the links of those of its own probes that do not stay between windows.
+    pub fn take_away(&mut self) -> Vec<Link> {
+        let own = self.own_probes.iter_mut();
+        own.flat_map(ProbeSet::take_away).collect()
+    }
+
+    /// Attaches those again that were taken away.
+    pub fn put_back(&mut self, tracer: &mut Tracer) -> anyhow::Result<()> {
+        let mut own = self.own_probes.iter_mut();
+        own.try_for_each(|probes| probes.put_back(tracer))
     }
 }

@@ -71,8 +71,7 @@ impl Tracer {
             overflow_site,
             generation,
             tgid: pid,
-            rate: self.rate,
-            was_sampled: self.rate,
+            was_sampled: u32::from(self.leaves_out()),
             ..Instance::default()
         };
         // SAFETY: no program uses this instance before the membership below names it.
@@ -170,6 +169,13 @@ impl Tracer {
         self.queue("FREE_INSTANCES")?
             .push(instance, 0)
             .context("failed to free a process instance")
+    }
+
+    /// Notes that calls of an instance may go unrecorded.
+    pub(super) fn note_left_out(&self, instance: u32) {
+        let state = self.instances.pointer(instance as usize);
+        // SAFETY: an aligned field of a live element, which programs only read once it is armed.
+        unsafe { (&raw mut (*state).was_sampled).write_volatile(1) };
     }
 
     fn flags(&self, instance: u32) -> &AtomicU32 {

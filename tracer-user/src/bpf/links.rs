@@ -134,6 +134,16 @@ impl ProbeProgram {
         matches!(self, Self::AllocCall | Self::NothingCall | Self::SkipCall)
     }
 
+    /// Whether it stays where it is while other probes are taken away between windows: there are few hits,
+    /// and what they tell has to be complete.
+    #[must_use]
+    pub const fn lasts(self) -> bool {
+        matches!(
+            self,
+            Self::RangeEnter | Self::RangeExit | Self::LoaderReport
+        )
+    }
+
     const fn is_return(self) -> bool {
         matches!(
             self,
@@ -285,6 +295,12 @@ impl Attacher {
                 ..
             }
         )
+    }
+
+    /// Whether probes can be taken away and put back within a tenth of a second.
+    #[must_use]
+    pub const fn detaches_at_once(&self) -> bool {
+        matches!(self, Self::Multi { .. })
     }
 
     /// The programs that are loaded otherwise than by aya, by name.

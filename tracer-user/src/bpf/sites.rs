@@ -121,6 +121,19 @@ impl Tracer {
         unsafe { (&raw const (*site).allocs).read_volatile() > 0 }
     }
 
+    /// Blocks and bytes that a site has allocated.
+    #[must_use]
+    pub fn allocated(&self, id: u32) -> (u64, u64) {
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: fields of a live element of the mapping.
+        unsafe {
+            (
+                (&raw const (*site).allocs).read_volatile(),
+                (&raw const (*site).alloc_bytes).read_volatile(),
+            )
+        }
+    }
+
     /// A site's instance; 0 for one that is not used.
     #[must_use]
     pub fn instance_of_site(&self, id: u32) -> u32 {

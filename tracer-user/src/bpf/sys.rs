@@ -8,7 +8,9 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_insn, bpf_map_type, bpf_prog_type};
+use aya_obj::generated::{
+    bpf_attr, bpf_cmd, bpf_insn, bpf_map_type, bpf_prog_type, bpf_stats_type,
+};
 
 /// Calls `bpf(2)`.
 fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i64> {
@@ -118,6 +120,13 @@ pub(super) fn program_info(
     attr.info.info = std::ptr::from_mut(&mut info) as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)
+}
+
+/// Has the kernel count the runs of all programs, and their time, as long as the descriptor is open.
+pub(super) fn enable_run_statistics() -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.enable_stats.type_ = bpf_stats_type::BPF_STATS_RUN_TIME as u32;
+    bpf(bpf_cmd::BPF_ENABLE_STATS, &mut attr).map(owned)
 }
 
 /// A program to be attached to several offsets of a file at once.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd as _, AsRawFd as _, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
     path::Path,
 };
 
@@ -20,6 +20,7 @@ use tracer_common::{
     instance::{Instance, MAX_INSTANCES},
     ledger::Bucket,
     missed::Missed,
+    recording::Recording,
     sampling::{MAX_RATES, Rate},
     site::{Site, first_reserved},
     unwind::Segment,
@@ -31,10 +32,10 @@ use super::{
     kernel_types,
     links::{Allowed, Attacher, Link, Point, ProbeProgram, Scope},
     maps::MappedArray,
+    recording,
     sites::number_reserved_sites,
     tables::{CHUNK_BYTES, UnwindMaps},
 };
-use crate::sampling;
 
 /// The compiled BPF programs, for the architecture of this build.
 #[cfg(target_arch = "x86_64")]
@@ -143,8 +144,11 @@ pub struct Tracer {
     pub(super) sites: MappedArray<Site>,
     /// One element: how many sites were handed out.
     pub(super) site_count: MappedArray<u64>,
-    /// [`Instance::rate`] of instances.
-    pub(super) rate: u32,
+    /// One element: how much is recorded.
+    pub(super) recording: MappedArray<Recording>,
+    /// Rates of sampling, and what they are of, in bytes.
+    pub(super) rates_by_number: MappedArray<Rate>,
+    pub(super) rates: Vec<u64>,
     pub(super) max_sites: u32,
     pub(super) families: Family,
     /// Diagnostics of the programs, where they are asked for.
@@ -176,7 +180,6 @@ impl Tracer {
             starts: limits.starts,
             families: u32::from(limits.families),
             ledger_buckets: rooms.buckets,
-            rate: u32::from(limits.sample_bytes.is_some()),
             ..Config::default()
         };
         let functions = kernel_types::read(&mut config)?;
@@ -232,19 +235,14 @@ impl Tracer {
             .context("failed to map the count of sites")?;
         let rates = MappedArray::<Rate>::new(data(&ebpf, "RATES")?, MAX_RATES as usize)
             .context("failed to map the rates of sampling")?;
-        if let Some(sample_bytes) = limits.sample_bytes {
-            // SAFETY: a live element that no program uses before an instance has its number.
-            unsafe {
-                rates
-                    .pointer(0)
-                    .write_volatile(sampling::rate(sample_bytes))
-            };
-        }
+        let recording = MappedArray::new(data(&ebpf, "RECORDING")?, 1)
+            .context("failed to map what is recorded")?;
+        recording::begin(&recording);
         let tables = MappedArray::new(data(&ebpf, "TABLES")?, limits.table_chunks() as usize)
             .context("failed to map the unwind tables")?;
         let segments = MappedArray::new(data(&ebpf, "SEGMENTS")?, SEGMENTS as usize)
             .context("failed to map the code segments")?;
-        Ok(Self {
+        let mut tracer = Self {
             ebpf,
             attacher,
             starts,
@@ -253,11 +251,15 @@ impl Tracer {
             buckets,
             sites,
             site_count,
-            rate: config.rate,
+            recording,
+            rates_by_number: rates,
+            rates: Vec::new(),
             max_sites: limits.max_sites,
             families: limits.families,
             log,
-        })
+        };
+        tracer.record_on(limits.sample_bytes, false, 0);
+        Ok(tracer)
     }
 
     /// Hands what the programs logged on to our own log.
@@ -286,13 +288,18 @@ impl Tracer {
     }
 
     /// The programs that the kernel has loaded, by name.
-    pub fn programs(&self) -> anyhow::Result<Vec<LoadedProgram>> {
+    pub(super) fn loaded(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
         let loaded = self.ebpf.programs().filter_map(|(name, program)| {
             // Those that the attacher loads itself are not loaded here.
             Some((name, program.fd().ok()?.as_fd()))
         });
-        let mut programs = loaded
-            .chain(self.attacher.descriptors())
+        loaded.chain(self.attacher.descriptors())
+    }
+
+    /// What the verifier said of them.
+    pub fn programs(&self) -> anyhow::Result<Vec<LoadedProgram>> {
+        let mut programs = self
+            .loaded()
             .map(|(name, fd)| {
                 let info = super::sys::program_info(fd)
                     .with_context(|| format!("failed to ask about BPF program {name}"))?;

@@ -201,6 +201,9 @@ pub(super) async fn trace(
         session.arm(instance);
     }
     session.restart_clock();
+    if let Some(budget) = budget(plan.trace) {
+        session.keep_budget(budget, &cost);
+    }
     if session.targets().is_empty() {
         say("waiting for a process to trace; Ctrl-C gives up");
     } else {
@@ -212,6 +215,17 @@ pub(super) async fn trace(
         report: session.report(Depth::Final)?,
         trouble: watched.and(stopped).err(),
     })
+}
+
+/// What tracing may take of the processor time that the processes take themselves, unless it is all the same. By
+/// default that is little enough for a service not to feel it, and enough to find a leak by windows in minutes.
+fn budget(options: &TraceOptions) -> Option<f64> {
+    const DEFAULT: f64 = 0.05;
+    if options.exact || options.measure.is_some() {
+        return None;
+    }
+    let budget = options.max_overhead.unwrap_or(DEFAULT);
+    budget.is_finite().then_some(budget)
 }
 
 /// The instances that are traced, and their PIDs.
@@ -398,6 +412,10 @@ async fn watch(
                 event?;
                 session.drain();
             }
+            () = sleep_until(session.next_step().map_or(far, Instant::from_std)) => {
+                session.keep_pace()?;
+                tell_changes(session);
+            }
         }
         if !has_begun && session.has_traced() {
             has_begun = true;
@@ -417,6 +435,19 @@ async fn watch(
         if session.all_ended() && !session.selection().is_open() {
             return Ok(());
         }
+    }
+}
+
+/// Says how much is recorded from now on, and why.
+pub(super) fn tell_changes(session: &mut Session) {
+    for change in session.take_changes() {
+        let what = match change.gear {
+            "exact" => "every call is recorded from now on",
+            "sampled" => "some calls are recorded from now on, each for others",
+            "windows" => "calls are recorded for some of the time from now on",
+            _ => "nothing is recorded for now",
+        };
+        say(format_args!("{what}: {}", change.reason));
     }
 }
 

@@ -23,11 +23,13 @@ use nix::{
     },
     unistd::{ForkResult, Pid, execvp, fork, getpgid, getpgrp, pipe2},
 };
+use tokio::time::{Instant, sleep_until};
 use tracer_common::instance::{HELD, HELD_BY_LOADER};
 
-use super::{Interrupted, block_on, raise_file_limit, reading_tables, say};
+use super::{Interrupted, attach::tell_changes, block_on, raise_file_limit, reading_tables, say};
 use crate::{
     args::Run,
+    calibrate,
     discover::{process::Process, selection::Selection},
     preflight, report,
     session::{Depth, Session},
@@ -79,6 +81,14 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
              host takes about a microsecond more while this goes on",
         );
     }
+    let budget = match args.trace.max_overhead {
+        Some(budget) if budget.is_finite() => {
+            let cost = calibrate::measure(session.tracer())?;
+            session.set_trap_ns(cost.emulated_ns);
+            Some((budget, cost))
+        }
+        _ => None,
+    };
     Interrupted::check(&signals)?;
     // Inherited as ignored, it would hide the child's stops and its end.
     // SAFETY: no handler is installed.
@@ -102,6 +112,9 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     }
     // What the program was while it was still us is nobody's business.
     held.session.restart_clock();
+    if let Some((budget, cost)) = budget {
+        held.session.keep_budget(budget, &cost);
+    }
     let status = held.follow(&signals).await?;
     let last = held.current;
     session.stop()?;
@@ -232,12 +245,15 @@ impl Held<'_> {
 
     async fn follow_to_end(&mut self, signals: &Signals) -> anyhow::Result<()> {
         let mut ticks = tokio::time::interval(INTERVAL);
+        // Far enough to never come.
+        let far = Instant::now() + Duration::from_secs(u64::from(u32::MAX));
         loop {
             self.notice()?;
             self.session.detach_ended();
             if self.ended.is_some() {
                 return Ok(());
             }
+            let step = self.session.next_step().map_or(far, Instant::from_std);
             tokio::select! {
                 received = signals.next() => self.forward(received?),
                 event = self.session.event() => {
@@ -245,6 +261,10 @@ impl Held<'_> {
                     self.session.drain();
                 }
                 _ = ticks.tick() => self.session.tick()?,
+                () = sleep_until(step) => {
+                    self.session.keep_pace()?;
+                    tell_changes(self.session);
+                }
             }
         }
     }

@@ -3,12 +3,14 @@
 //! Every form is a pure function of [`Report`]. The value's serialization is the JSON report, whose
 //! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
 
+mod leak_rate;
 mod programs;
 pub(crate) mod stack;
 mod text;
 pub(crate) mod units;
 
 use std::{
+    cmp::Ordering,
     collections::BTreeMap,
     fs::File,
     io::{self, Write},
@@ -18,12 +20,14 @@ use std::{
 use anyhow::Context as _;
 use serde::Serialize;
 
+pub use leak_rate::LeakRate;
 pub use programs::{ProgramReport, programs};
 
 use crate::{
     args::{Format, ReportOptions},
     discover::labels::Labels,
     sampling::Margins,
+    session::{BudgetReport, WindowsReport},
     stacks::{StackCheck, StackQuality},
     terminal::Harmless,
 };
@@ -45,10 +49,17 @@ pub struct Report {
     /// How long it went on, in seconds.
     pub duration_s: f64,
     /// `exact`: every call was recorded; `sampled`: by bytes ([`Filters::sample_bytes`]), or of some processes
-    /// one in 16 or fewer, where they had too many blocks.
+    /// one in 16 or fewer, where they had too many blocks; `windows`: for a part of the time
+    /// ([`Report::windows`], [`BudgetReport::changes`]).
     pub mode: &'static str,
     /// What was left out on the user's wish.
     pub filters: Filters,
+    /// How the budget of overhead was kept, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetReport>,
+    /// When calls were recorded, if not all the time: the windows that came last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub windows: Option<WindowsReport>,
     /// Where it ran.
     pub host: HostFacts,
     /// What was not seen, by counter.
@@ -290,6 +301,9 @@ pub struct SiteReport {
     /// How far these figures may be off, where blocks stand for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub margins: Option<Margins>,
+    /// What is leaked here, where calls were recorded in windows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leak_rate: Option<LeakRate>,
     /// Age of the oldest block not freed, in seconds; null if there is none.
     pub oldest_s: Option<f64>,
     /// Frees that were not seen here: the figures above may be off by as many.
@@ -330,9 +344,16 @@ impl ProcessReport {
 }
 
 impl SiteReport {
-    /// Puts those that hold most first.
+    /// Puts those that leak most first, where that is known, and then those that hold most.
     pub fn sort(sites: &mut [Self]) {
+        let rate = |site: &Self| site.leak_rate.as_ref().map_or((0.0, 0.0), LeakRate::rank);
         sites.sort_by(|a, b| {
+            // What is certain first, then what is likely.
+            let ((a_low, a_likely), (b_low, b_likely)) = (rate(a), rate(b));
+            let by_rate = b_low.total_cmp(&a_low).then(b_likely.total_cmp(&a_likely));
+            if by_rate != Ordering::Equal {
+                return by_rate;
+            }
             (b.live_bytes, b.live_blocks, b.alloc_bytes, &a.id).cmp(&(
                 a.live_bytes,
                 a.live_blocks,
@@ -351,6 +372,11 @@ impl SiteReport {
         self.live_blocks += other.live_blocks;
         self.live_bytes += other.live_bytes;
         self.missed_frees += other.missed_frees;
+        match (&mut self.leak_rate, &other.leak_rate) {
+            (Some(ours), Some(theirs)) => ours.join(theirs),
+            (ours, Some(theirs)) => *ours = Some(theirs.clone()),
+            (_, None) => {}
+        }
         self.oldest_s = match (self.oldest_s, other.oldest_s) {
             (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
             (ours, theirs) => ours.or(theirs),

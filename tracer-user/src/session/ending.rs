@@ -119,6 +119,7 @@ impl Session {
                 .map(|instance| (*instance, now))
                 .filter(|(instance, _)| instances.contains(instance)),
         );
+        self.forget_windows(instances.iter().copied());
         for site in self.tracer.recycle(&instances)? {
             // The next one with this id has another.
             self.stacks.remove(&site);

@@ -8,12 +8,12 @@ use tracer_common::{
     site::Site,
 };
 
-use super::Session;
+use super::{BudgetReport, Session};
 use crate::{
     account::{Account, Ages, Figures},
     bpf::tracer::monotonic_ns,
     past::Past,
-    report::{HostFacts, ProcessReport, Report, SCHEMA, programs},
+    report::{Filters, HostFacts, ProcessReport, Report, SCHEMA, programs},
     target::Target,
 };
 
@@ -50,6 +50,17 @@ impl Session {
         by_instance
     }
 
+    /// The same without what is mapped, of all instances.
+    pub(super) fn heap_sites(&self) -> HashMap<u32, Vec<(u32, Site)>> {
+        let mut sites = self.sites(|_| true);
+        if let Some(mappings) = self.definitions.mappings() {
+            for sites in sites.values_mut() {
+                sites.retain(|(_, site)| site.family != u32::from(mappings));
+            }
+        }
+        sites
+    }
+
     /// Ages of live blocks by site. Walks the ledger.
     fn ages(&self, now_ns: u64) -> anyhow::Result<HashMap<u32, Ages>> {
         let end_ns = |target: &Target| target.end_ns.unwrap_or(now_ns);
@@ -82,6 +93,8 @@ impl Session {
         let figures = Figures {
             state: &self.tracer.instance(target.instance),
             sites,
+            leaks: &self.leaks(target.instance),
+            was_windowed: self.windows_report().is_some(),
             stacks: &self.stacks,
             ages,
             now_ns: target.end_ns.unwrap_or(now_ns),
@@ -138,12 +151,19 @@ impl Session {
                 _ => (missed.name(), n),
             })
             .collect();
-        let is_sampled = self.filters.sample_bytes.is_some()
+        let windows = self.windows_report();
+        let is_sampled = self.sampled_bytes.is_some()
             || processes
                 .iter()
                 .chain(earlier.iter().map(|(process, _)| process))
                 .any(|process| process.sampled_out > 0);
-        let mode = if is_sampled { "sampled" } else { "exact" };
+        let budget = self.budget_report();
+        let was_paused = budget.as_ref().is_some_and(BudgetReport::was_paused);
+        let mode = match () {
+            () if windows.is_some() || was_paused => "windows",
+            () if is_sampled => "sampled",
+            () => "exact",
+        };
         Ok(Report {
             schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION"),
@@ -151,7 +171,12 @@ impl Session {
             started: humantime::format_rfc3339_millis(self.started).to_string(),
             duration_s: (now_ns.saturating_sub(self.started_ns)) as f64 / 1e9,
             mode,
-            filters: self.filters.clone(),
+            filters: Filters {
+                sample_bytes: self.sampled_bytes,
+                ..self.filters.clone()
+            },
+            budget,
+            windows,
             host: HostFacts {
                 kernel: self.host.kernel_release.clone(),
                 trap_ns: self.trap_ns,

@@ -7,6 +7,7 @@ mod ending;
 mod events;
 mod figures;
 mod missing;
+mod pace;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -24,6 +25,8 @@ use tracer_common::{
 };
 
 pub use figures::Depth;
+use pace::Pace;
+pub use pace::{BudgetReport, GearChange, WindowsReport};
 
 use crate::{
     args::{ReportOptions, TraceOptions},
@@ -101,6 +104,10 @@ pub struct Session {
     started_ns: u64,
     /// When recording ended.
     stopped_ns: Option<u64>,
+    /// What keeps a budget, if there is one.
+    pace: Option<Pace>,
+    /// The largest interval of sampling that was used, in bytes.
+    sampled_bytes: Option<u64>,
 }
 
 impl Session {
@@ -205,6 +212,8 @@ impl Session {
             started: SystemTime::now(),
             started_ns: monotonic_ns(),
             stopped_ns: None,
+            pace: None,
+            sampled_bytes: trace.sample_bytes,
         })
     }
 
@@ -292,6 +301,7 @@ impl Session {
             &self.definitions,
         )?;
         self.library.want(&target.space)?;
+        self.take_new_away();
         Ok(probes)
     }
 
@@ -544,6 +554,7 @@ impl Session {
     pub fn stop(&mut self) -> anyhow::Result<()> {
         // Those that were opened just now and of which nobody has heard included: while probes are taken
         // away, frees may be seen no more and allocations still be.
+        self.stop_pace();
         let disarmed = self.tracer.disarm_all();
         let mut links: Vec<_> = self
             .targets

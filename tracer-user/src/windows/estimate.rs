@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use super::{
     cohorts::Members,
     limits::{Spread, Z, least, most, student},
@@ -47,7 +49,7 @@ const LUMPS: f64 = 10.0;
 const SIZE_CLASSES: usize = 64;
 
 /// A figure and where it lies with a probability of at least 95 %.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Interval {
     /// It is not less.
     pub low: f64,
@@ -58,6 +60,15 @@ pub struct Interval {
 }
 
 impl Interval {
+    /// Of the sum of two figures: with more than 95 %.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            low: self.low + other.low,
+            estimate: self.estimate + other.estimate,
+            high: self.high + other.high,
+        }
+    }
+
     fn times(self, factor: Self) -> Self {
         Self {
             low: self.low * factor.low,
@@ -68,7 +79,8 @@ impl Interval {
 }
 
 /// Why an interval is as wide as it is, or includes zero, or what may be wrong with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Doubt {
     /// Fewer than 8 windows, or 60 seconds.
     TooEarly,

@@ -52,16 +52,16 @@ pub struct Reading<'a> {
 }
 
 impl<'a> Reading<'a> {
-    /// What a site's counters say, with the two that only windows need.
+    /// What a site's counters say of blocks born since windows began.
     #[must_use]
-    pub const fn of(site: &'a Site, old_frees: u64, reused: u64) -> Self {
+    pub const fn of(site: &'a Site) -> Self {
         Self {
             allocs: site.allocs,
             alloc_bytes: site.alloc_bytes,
-            frees: site.frees,
-            freed_bytes: site.freed_bytes,
-            old_frees,
-            reused,
+            frees: site.frees.saturating_sub(site.former_frees),
+            freed_bytes: site.freed_bytes.saturating_sub(site.former_freed_bytes),
+            old_frees: site.old_frees,
+            reused: site.reused,
             lifetimes: &site.lifetimes,
             births: &site.births,
         }
@@ -187,6 +187,15 @@ impl Model {
         Self::default()
     }
 
+    /// Takes up what the counters of sites were before the next window: that belongs to none.
+    pub fn begin<'a>(&mut self, readings: impl IntoIterator<Item = (u32, Reading<'a>)>) {
+        for (id, reading) in readings {
+            let idle = &self.idle;
+            let site = self.sites.entry(id).or_insert_with(|| idle.clone());
+            site.counters = Counters::of(&reading);
+        }
+    }
+
     /// Takes up a window that has closed: the counters, from the beginning of the session, of all sites that
     /// have any. Windows come in order and do not overlap.
     pub fn push<'a>(
@@ -300,11 +309,6 @@ impl Model {
                 site.cohorts[index].merge(&later);
             }
         }
-    }
-
-    /// Forgets a site whose number is given to another.
-    pub fn remove(&mut self, site: u32) {
-        self.sites.remove(&site);
     }
 
     /// Windows so far.

@@ -53,16 +53,22 @@ impl Schedule {
         self.window().mul_f64((1.0 - self.duty) / self.duty)
     }
 
-    /// How long to wait for the next window, from a random number of at least 0 and below 1, when this much
-    /// of the session is over and so many windows were open. The first window has to be waited for,
-    /// too: what is in step with the start of the session would be seen always or never.
+    /// How much windows are ahead of the duty cycle, in seconds, when this much of the session is over and so many
+    /// were open.
     #[must_use]
-    pub fn gap(&self, random: f64, elapsed: Duration, windows: u32) -> Duration {
+    pub fn ahead_s(&self, elapsed: Duration, windows: u32) -> f64 {
+        let cycle_s = self.mean_gap().as_secs_f64() + self.window().as_secs_f64();
+        f64::from(windows) * cycle_s - elapsed.as_secs_f64()
+    }
+
+    /// How long to wait for the next window, from a random number of at least 0 and below 1, when windows are
+    /// so much ahead of the duty cycle. The first window has to be waited for, too: what is in step with
+    /// the start of the session would be seen always or never.
+    #[must_use]
+    pub fn gap(&self, random: f64, ahead_s: f64) -> Duration {
         let mean_s = self.mean_gap().as_secs_f64();
-        let cycle_s = mean_s + self.window().as_secs_f64();
         // Sooner if windows are behind, later if they are ahead: how often they come varies less, and short
         // gaps remain possible.
-        let ahead_s = f64::from(windows) * cycle_s - elapsed.as_secs_f64();
         let mean_s = (mean_s + ahead_s).clamp(mean_s * STEER, mean_s * (2.0 - STEER));
         // An exponential distribution cut off at `LONGEST_GAP` of its scale has this mean.
         let beyond = (-LONGEST_GAP).exp();
@@ -83,7 +89,8 @@ mod tests {
         let mut random = Random::new(1);
         let (mut elapsed, mut windows, mut short) = (Duration::ZERO, 0, 0);
         while windows < 2000 {
-            let gap = schedule.gap(random.uniform(), elapsed, windows);
+            let ahead_s = schedule.ahead_s(elapsed, windows);
+            let gap = schedule.gap(random.uniform(), ahead_s);
             assert!(gap < schedule.mean_gap().mul_f64(7.5));
             short += u32::from(gap < schedule.mean_gap() / 10);
             elapsed += gap + schedule.window();
@@ -95,6 +102,6 @@ mod tests {
         }
         // As many as without steering, or so: 10 %.
         assert!((150..300).contains(&short), "{short}");
-        assert_eq!(schedule.gap(0.0, elapsed, windows), Duration::ZERO);
+        assert_eq!(schedule.gap(0.0, 0.0), Duration::ZERO);
     }
 }

@@ -108,7 +108,10 @@ fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) -> Vec<Wind
     let mut at_s = 0.0;
     loop {
         let elapsed = Duration::from_secs_f64(at_s);
-        let gap = schedule.gap(random.uniform(), elapsed, windows.len() as u32);
+        let gap = schedule.gap(
+            random.uniform(),
+            schedule.ahead_s(elapsed, windows.len() as u32),
+        );
         // What attaching and detaching take.
         at_s += gap.as_secs_f64().max(0.005);
         let intake_ended_s = at_s + schedule.intake.as_secs_f64();

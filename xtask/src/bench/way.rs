@@ -68,6 +68,9 @@ impl Way {
         match self {
             // Before there was an option for it, every call was recorded.
             Self::Exact if offered("--exact") => vec!["--exact"],
+            Self::Sampled if offered("--max-overhead") => {
+                vec!["--sample-bytes", SAMPLE_BYTES, "--max-overhead", "off"]
+            }
             Self::Sampled => vec!["--sample-bytes", SAMPLE_BYTES],
             Self::Empty if offered("--exact") => vec!["--exact", "--measure", "nothing"],
             Self::Empty => vec!["--measure", "nothing"],

@@ -7,7 +7,7 @@ use tracer_common::missed::Missed;
 use super::{
     super::{
         Report,
-        units::{bytes, count, counted, form},
+        units::{bytes, count, counted, duration, form},
     },
     misses_calls, recorded_sizes,
 };
@@ -48,6 +48,11 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
         for (missed, number) in missed {
             writeln!(to, "  {} {}", count(number), missed.effect())?;
         }
+    } else if report.mode == "windows" {
+        writeln!(
+            to,
+            "While probes stood, every call was seen. They did not all the time."
+        )?;
     } else if report.everything().any(misses_calls) {
         writeln!(
             to,
@@ -63,6 +68,7 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
     } else {
         writeln!(to, "Every call was seen: the figures are exact.")?;
     }
+    write_budget(report, to)?;
     write_stack_quality(report, to)?;
     if report
         .everything()
@@ -74,6 +80,34 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
              site whose\nbytes keep growing from one report to the next, and whose oldest block is \
              about as old as the session."
         )?;
+    }
+    Ok(())
+}
+
+/// What tracing cost, and what was done about it.
+fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let Some(budget) = &report.budget else {
+        return Ok(());
+    };
+    writeln!(
+        to,
+        "Tracing took about {:.1} % of the processor time that the target took itself, of {} % that it may \
+         (--max-overhead).",
+        budget.percent, budget.max_percent
+    )?;
+    /// Changes that are told one by one.
+    const MOST: usize = 10;
+    for change in budget.changes.iter().take(MOST) {
+        writeln!(
+            to,
+            "  after {}: {}, as {}",
+            duration(change.at_ms as f64 / 1e3),
+            change.gear,
+            change.reason
+        )?;
+    }
+    if let Some(more) = budget.changes.get(MOST..).filter(|more| !more.is_empty()) {
+        writeln!(to, "  … and {} more changes", count(more.len() as u64))?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ pub(super) use interim::write_interim;
 
 use self::honesty::write_honesty;
 use super::{
-    Exit, FamilyReport, ProcessReport, ProgramReport, Report, SiteReport, Totals,
+    Exit, FamilyReport, LeakRate, ProcessReport, ProgramReport, Report, SiteReport, Totals,
     stack::{OWN, write_frames},
     units::{bytes, count, counted, duration, form},
 };
@@ -237,6 +237,7 @@ fn write_program(
         count(program.running as u64),
     )?;
     write_totals(&program.totals, "", to)?;
+    write_windows(report, to)?;
     let mut processes: Vec<_> = report
         .processes
         .iter()
@@ -312,6 +313,7 @@ fn write_process(
         writeln!(to, "  Only blocks of {sizes} were recorded.\n")?;
     }
     write_totals(&process.totals, "highest seen: ", to)?;
+    write_windows(report, to)?;
     write_gaps(process, to)?;
     write_sites(report, &process.totals, &process.sites, limit, to)
 }
@@ -355,6 +357,51 @@ fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<(
         &peak,
     )?;
     writeln!(to)
+}
+
+/// When calls were recorded, if not all the time.
+fn write_windows(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let Some(windows) = report.windows.filter(|windows| windows.count > 0) else {
+        return Ok(());
+    };
+    let share = windows.intake_s / (windows.until_s - windows.since_s).max(f64::MIN_POSITIVE);
+    writeln!(
+        to,
+        "  Recorded in {} of {}, which is {:.1} % of the time: these figures are of blocks\n  \
+         allocated then, and \"not freed\" includes those whose free was not seen. What is leaked is\n  \
+         estimated for each site.\n",
+        counted(u64::from(windows.count), "window"),
+        duration(windows.open_s / f64::from(windows.count)),
+        share * 100.0,
+    )
+}
+
+/// What a site leaks, where that is known.
+fn write_leak(rate: &LeakRate, to: &mut dyn Write) -> io::Result<()> {
+    let per_s = |rate: f64| bytes(rate.round() as u64);
+    let (size, blocks) = (rate.bytes_per_s, rate.blocks_per_s);
+    let range = format!(
+        "{}/s ({} to {}/s), {:.1} blocks/s ({:.1} to {:.1})",
+        per_s(size.estimate),
+        per_s(size.low),
+        per_s(size.high),
+        blocks.estimate,
+        blocks.low,
+        blocks.high
+    );
+    if rate.is_certain() {
+        writeln!(
+            to,
+            "      leaks {range}, {:.2} % of its blocks",
+            rate.share.estimate * 100.0
+        )?;
+    } else {
+        writeln!(to, "      may leak {range}")?;
+    }
+    for doubt in &rate.doubts {
+        writeln!(to, "      - {doubt}")?;
+    }
+    Ok(())
 }
 
 /// Whether calls of a process were not seen, or not recorded.
@@ -440,6 +487,11 @@ fn write_sites(
             to,
             "Where the blocks were allocated that are at least {} old and not freed:",
             duration(older_ms as f64 / 1e3)
+        )?,
+        None if report.windows.is_some() => writeln!(
+            to,
+            "Where blocks were allocated that were not freed; those that leak beyond doubt first, then those \
+             that may:"
         )?,
         None => writeln!(
             to,
@@ -616,6 +668,9 @@ fn write_site(
             count(site.allocs),
             count(site.frees),
         )?;
+    }
+    if let Some(rate) = &site.leak_rate {
+        write_leak(rate, to)?;
     }
     write_frames(&site.stack, to)?;
     if site.stack.is_empty() {

@@ -1,0 +1,62 @@
+//! What tracing has cost, and what it may.
+
+/// Processor time that tracing took and that the target took itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Account {
+    spent_ns: f64,
+    own_ns: f64,
+    /// The same, of what is still to be balanced.
+    open_spent_ns: f64,
+    open_own_ns: f64,
+    /// Processor time a second that the target took itself in the last windows' cycles.
+    cores: Option<f64>,
+}
+
+/// How much of the past is balanced, in the target's own processor time: what was not spent is not saved for
+/// longer.
+const BALANCED_NS: f64 = 60e9;
+
+impl Account {
+    pub(super) fn add(&mut self, spent_ns: f64, own_ns: f64) {
+        self.spent_ns += spent_ns;
+        self.own_ns += own_ns;
+        self.open_spent_ns += spent_ns;
+        self.open_own_ns += own_ns;
+        let over = self.open_own_ns / BALANCED_NS;
+        if over > 1.0 {
+            self.open_own_ns /= over;
+            self.open_spent_ns /= over;
+        }
+    }
+
+    /// So much is what the target will take itself, until a cycle has shown it.
+    pub(super) const fn expect(&mut self, cores: f64) {
+        self.cores = Some(cores);
+    }
+
+    /// A cycle of windows is over. Gives how much the target takes itself.
+    pub(super) fn cycle(&mut self, span_s: f64, own_ns: f64) -> f64 {
+        let cores = own_ns / 1e9 / span_s.max(1e-9);
+        let cores = self.cores.map_or(cores, |before| (before + cores) / 2.0);
+        *self.cores.insert(cores)
+    }
+
+    pub(super) fn cores(&self) -> f64 {
+        self.cores.unwrap_or(1.0)
+    }
+
+    /// Nothing is to be balanced.
+    pub(super) fn forgive(&mut self) {
+        (self.open_spent_ns, self.open_own_ns) = (0.0, 0.0);
+    }
+
+    pub(super) fn overhead(&self) -> f64 {
+        self.spent_ns / self.own_ns.max(1.0)
+    }
+
+    /// How long it takes until what was spent is what may be, if no more is; negative if there is something
+    /// left.
+    pub(super) fn ahead_s(&self, allowed: f64, cores: f64) -> f64 {
+        (self.open_spent_ns / allowed - self.open_own_ns) / 1e9 / cores.max(1e-3)
+    }
+}

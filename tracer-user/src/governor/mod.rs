@@ -1,0 +1,432 @@
+//! A budget that tracing keeps: which gear it is in, and how far windows are apart. Pure: no kernel, no clock.
+//!
+//! What is measured are probe hits and the target's processor time; what a hit costs is known. So the overhead of every
+//! gear can be predicted, and the most exact one that the budget allows is taken. See
+//! `docs/design/governor.md`.
+
+mod account;
+mod cost;
+#[cfg(test)]
+mod simulation;
+
+use std::{collections::VecDeque, fmt, time::Duration};
+
+use account::Account;
+pub use cost::{Costs, Load, Reading, sample_bytes};
+
+use crate::{report::units::duration, windows::Schedule};
+
+/// Overhead is looked at this often, in the gears that trace all the time.
+pub const TICK: Duration = Duration::from_millis(250);
+/// And this often in the beginning: a target may be too much for the first tick.
+pub const FIRST_TICK: Duration = Duration::from_millis(50);
+
+/// Over how long the overhead is averaged before a gear is left.
+const AVERAGED_NS: u64 = 1_000_000_000;
+/// That many times the budget is too much at any tick.
+const FAR_TOO_MUCH: f64 = 2.0;
+/// A gear is taken again if it would take less than this part of the budget.
+const RETURN_SHARE: f64 = 0.5;
+/// For so long, and twice as long after every return that did not last.
+const CALM: Duration = Duration::from_secs(10);
+const MOST_CALM: Duration = Duration::from_secs(600);
+/// What tracing may take in any case, in processor time a second: a process that does next to nothing has next
+/// to no budget, and nobody feels it.
+const NEGLIGIBLE: f64 = 0.001;
+/// Windows are no longer than this.
+const WINDOW: Duration = Duration::from_millis(200);
+/// And shorter if they would be further apart than this.
+const FAR_APART_S: f64 = 10.0;
+/// Windows further apart than that tell nothing.
+const TOO_FAR_APART_S: f64 = 60.0;
+/// How long probes are in place before and after a window, before it was measured.
+const ATTACHING_S: f64 = 0.08;
+
+/// How much of the calls is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gear {
+    /// All.
+    Exact,
+    /// Some, each for others.
+    Sampled,
+    /// All, for a part of the time.
+    Windows,
+    /// None.
+    Paused,
+}
+
+impl Gear {
+    /// As the report calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Sampled => "sampled",
+            Self::Windows => "windows",
+            Self::Paused => "paused",
+        }
+    }
+}
+
+/// A change of gear.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// The new one.
+    pub gear: Gear,
+    /// Why, for the user.
+    pub reason: String,
+}
+
+/// What can be done here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// Probes can be taken away and put back within a tenth of a second.
+    pub windows: bool,
+    /// Calls that are not sampled have no return probe.
+    pub sessions: bool,
+}
+
+/// A share, as a percentage.
+struct Percent(f64);
+
+impl fmt::Display for Percent {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = self.0 * 100.0;
+        match percent {
+            ..9.95 => write!(to, "{percent:.1} %"),
+            _ => write!(to, "{percent:.0} %"),
+        }
+    }
+}
+
+/// Keeps the overhead within a budget.
+#[derive(Debug)]
+pub struct Governor {
+    /// Of the target's own processor time.
+    budget: f64,
+    costs: Costs,
+    abilities: Abilities,
+    /// The most exact gear that is wanted.
+    best: Gear,
+    gear: Gear,
+    /// Those of the last second in this gear, the oldest first.
+    readings: VecDeque<Reading>,
+    account: Account,
+    /// The last load that was seen.
+    load: Load,
+    /// Since when a more exact gear would do, and for how long it has to.
+    calm_since_ns: Option<u64>,
+    calm: Duration,
+    /// When a more exact gear was last taken again.
+    returned_ns: Option<u64>,
+    window: Duration,
+    /// Costs of a window, in nanoseconds, and for how long its probes are in place.
+    window_cost_ns: Option<f64>,
+    attached_s: f64,
+    paused_for: Duration,
+}
+
+impl Governor {
+    /// Of a budget that is a share of the target's processor time, from 0 to 1. It begins in the gear `best`, and
+    /// takes no more exact one.
+    #[must_use]
+    pub fn new(budget: f64, costs: Costs, abilities: Abilities, best: Gear) -> Self {
+        Self {
+            budget,
+            costs,
+            abilities,
+            best,
+            gear: best,
+            readings: VecDeque::new(),
+            account: Account::default(),
+            load: Load::default(),
+            calm_since_ns: None,
+            calm: CALM,
+            returned_ns: None,
+            window: WINDOW,
+            window_cost_ns: None,
+            attached_s: WINDOW.as_secs_f64() + ATTACHING_S,
+            paused_for: CALM,
+        }
+    }
+
+    /// The budget, as a share.
+    #[must_use]
+    pub const fn budget(&self) -> f64 {
+        self.budget
+    }
+
+    /// The gear.
+    #[must_use]
+    pub const fn gear(&self) -> Gear {
+        self.gear
+    }
+
+    /// What hits are taken to cost.
+    pub const fn costs(&mut self) -> &mut Costs {
+        &mut self.costs
+    }
+
+    /// Overhead so far, as a share of the target's own processor time.
+    #[must_use]
+    pub fn overhead(&self) -> f64 {
+        self.account.overhead()
+    }
+
+    /// What a gear would take, as a share, of a load.
+    fn overhead_in(&self, gear: Gear, load: Load) -> f64 {
+        match gear {
+            Gear::Exact => self.costs.exact(load),
+            Gear::Sampled => self.costs.sampled(load, self.abilities.sessions),
+            Gear::Windows | Gear::Paused => 0.0,
+        }
+    }
+
+    /// The share that tracing may take of a target that takes that much processor time.
+    fn allowed(&self, cores: f64) -> f64 {
+        self.budget.max(NEGLIGIBLE / cores.max(1e-9))
+    }
+
+    /// What was counted up to now, in a gear that traces all the time. Gives the gear to be taken.
+    pub fn tick(&mut self, reading: Reading) -> Option<Change> {
+        let (Some(last), Some(first)) = (self.readings.back(), self.readings.front()) else {
+            self.readings.push_back(reading);
+            return None;
+        };
+        let (now, second) = (reading.since(last), reading.since(first));
+        self.readings.push_back(reading);
+        while self
+            .readings
+            .front()
+            .is_some_and(|first| reading.at_ns - first.at_ns > AVERAGED_NS)
+        {
+            self.readings.pop_front();
+        }
+        let cost_ns = self.costs.of(&now, self.gear);
+        self.account.add(cost_ns, now.own_cpu_ns(cost_ns));
+        let [now, second] = [now, second].map(|span| Usage::of(&span, &self.costs, self.gear));
+        self.load = second.load;
+        let allowed = self.allowed(second.cores);
+        if now.overhead > FAR_TOO_MUCH * self.allowed(now.cores) || second.overhead > allowed {
+            let seen = now.overhead.max(second.overhead);
+            let reason = format!(
+                "{} took {} of the processor time that the target takes itself, more than {}",
+                self.gear.name(),
+                Percent(seen),
+                Percent(allowed)
+            );
+            let load = if now.overhead > second.overhead {
+                now.load
+            } else {
+                second.load
+            };
+            // What it does without being traced is at most what it takes now.
+            let cores = now.all_cores.max(second.all_cores);
+            return Some(self.shift_down(load, cores, reason, reading.at_ns));
+        }
+        self.shift_up(second.cores, reading.at_ns)
+    }
+
+    /// Takes the next gear that will do.
+    fn shift_down(&mut self, load: Load, cores: f64, reason: String, now_ns: u64) -> Change {
+        self.load = load;
+        self.account.expect(cores);
+        let is_less = self.gear == Gear::Exact;
+        let gear = if is_less && self.overhead_in(Gear::Sampled, load) < self.allowed(cores) * 0.9 {
+            Gear::Sampled
+        } else {
+            self.windows_or_pause(cores)
+        };
+        // What was taken again did not last.
+        if self
+            .returned_ns
+            .take()
+            .is_some_and(|returned_ns| now_ns - returned_ns < 6 * self.calm.as_nanos() as u64)
+        {
+            self.calm = (self.calm * 2).min(MOST_CALM);
+        }
+        self.enter(gear, reason)
+    }
+
+    /// Windows, of a length that suits the load, if they are to be had and not too far apart.
+    fn windows_or_pause(&mut self, cores: f64) -> Gear {
+        if !self.abilities.windows {
+            return Gear::Paused;
+        }
+        for part in [1, 2, 4] {
+            self.window = WINDOW / part;
+            self.attached_s = self.window.as_secs_f64() + ATTACHING_S;
+            let overhead = self.overhead_in(Gear::Exact, self.load);
+            // While all is traced, the target does less.
+            let cost_s = self.attached_s * cores * overhead / (1.0 + overhead);
+            self.window_cost_ns = Some(cost_s * 1e9);
+            let cycle_s = cost_s / (self.allowed(cores) * cores).max(1e-9);
+            if cycle_s < FAR_APART_S || part == 4 && cycle_s < TOO_FAR_APART_S {
+                return Gear::Windows;
+            }
+        }
+        Gear::Paused
+    }
+
+    fn enter(&mut self, gear: Gear, reason: String) -> Change {
+        self.gear = gear;
+        self.readings.clear();
+        self.calm_since_ns = None;
+        Change { gear, reason }
+    }
+
+    /// Takes a more exact gear if that would have done for long enough.
+    fn shift_up(&mut self, cores: f64, now_ns: u64) -> Option<Change> {
+        let enough = self.allowed(cores) * RETURN_SHARE;
+        let better = [self.best, Gear::Sampled]
+            .into_iter()
+            .take_while(|gear| self.gear != self.best && rank(*gear) < rank(self.gear))
+            .find(|gear| self.overhead_in(*gear, self.load) < enough);
+        let Some(better) = better else {
+            self.calm_since_ns = None;
+            return None;
+        };
+        let since_ns = *self.calm_since_ns.get_or_insert(now_ns);
+        if now_ns - since_ns < self.calm.as_nanos() as u64 {
+            return None;
+        }
+        self.returned_ns = Some(now_ns);
+        let reason = format!(
+            "{} would have taken {} for {}",
+            better.name(),
+            Percent(self.overhead_in(better, self.load)),
+            duration((now_ns - since_ns) as f64 / 1e9)
+        );
+        Some(self.enter(better, reason))
+    }
+
+    /// Takes up what it cost to take probes away, after the last tick of a gear that traces all the time.
+    pub fn left(&mut self, last: &Reading, gone: &Reading) {
+        let span = gone.since(last);
+        let returns = span.entries * self.load.returns / self.load.entries.max(1.0);
+        let cost_ns = self.costs.of_probes(span.entries, returns);
+        self.account.add(cost_ns, span.own_cpu_ns(cost_ns));
+    }
+
+    /// Takes up what a window cost: what was counted since the last one's end, at its begin (before the first probe
+    /// was put back), when recording ended, and once the last probe was gone. Gives the gear to be taken.
+    pub fn window(
+        &mut self,
+        last: &Reading,
+        begin: &Reading,
+        closed: &Reading,
+        gone: &Reading,
+    ) -> Option<Change> {
+        let (open, whole, cycle) = (closed.since(begin), gone.since(begin), gone.since(last));
+        let usage = Usage::of(&open, &self.costs, self.gear);
+        // While probes are taken away, hits are seen at the entry only, and programs do nothing.
+        let returns = whole.entries * open.returns / open.entries.max(1.0);
+        let cost_ns = self.costs.of(&open, self.gear)
+            + self.costs.of_probes(
+                whole.entries - open.entries,
+                (returns - open.returns).max(0.0),
+            );
+        self.window_cost_ns = Some(match self.window_cost_ns {
+            Some(before) => before * 0.6 + cost_ns * 0.4,
+            None => cost_ns,
+        });
+        self.attached_s = self.attached_s * 0.6 + whole.span_s() * 0.4;
+        self.load = usage.load;
+        let own_ns = cycle.own_cpu_ns(cost_ns);
+        self.account.add(cost_ns, own_ns);
+        let cores = self.account.cycle(cycle.span_s(), own_ns);
+        if let Some(change) = self.shift_up(cores, gone.at_ns) {
+            return Some(change);
+        }
+        if self.mean_gap_s() > TOO_FAR_APART_S {
+            let before = self.window;
+            if self.windows_or_pause(cores) == Gear::Paused {
+                let reason = format!(
+                    "not even windows of {} a minute apart would have done",
+                    duration(before.as_secs_f64())
+                );
+                return Some(self.enter(Gear::Paused, reason));
+            }
+        }
+        None
+    }
+
+    /// Mean time between the end of a window and the begin of the next.
+    fn mean_gap_s(&self) -> f64 {
+        let cores = self.account.cores();
+        let earned_a_second = self.allowed(cores) * cores;
+        let cycle_s = self.window_cost_ns.unwrap_or(0.0) / 1e9 / earned_a_second.max(1e-9);
+        (cycle_s - self.attached_s).max(self.window.as_secs_f64())
+    }
+
+    /// Intake, drain and duty cycle of windows.
+    #[must_use]
+    pub fn schedule(&self) -> Schedule {
+        let window_s = self.window.as_secs_f64();
+        Schedule::new(self.window, window_s / (window_s + self.mean_gap_s()))
+    }
+
+    /// How long to wait for the next window, from a random number of at least 0 and below 1.
+    #[must_use]
+    pub fn gap(&self, random: f64) -> Duration {
+        let cores = self.account.cores();
+        let ahead_s = self.account.ahead_s(self.allowed(cores), cores);
+        let mean_s = self.mean_gap_s();
+        let gap = self.schedule().gap(random, ahead_s);
+        // What a gear cost that was too much is paid back at once.
+        if ahead_s > 2.0 * mean_s {
+            return Duration::from_secs_f64(ahead_s.min(TOO_FAR_APART_S)).max(gap);
+        }
+        gap
+    }
+
+    /// How long to pause, twice as long every time.
+    pub fn pause(&mut self) -> Duration {
+        self.paused_for = (self.paused_for * 2).min(MOST_CALM);
+        self.paused_for
+    }
+
+    /// The pause is over. Gives the gear to be tried: windows if they are to be had.
+    pub fn resume(&mut self) -> Change {
+        let gear = match self.abilities.windows {
+            true => Gear::Windows,
+            false => self.best,
+        };
+        self.account.forgive();
+        self.enter(gear, "the load may be another by now".to_owned())
+    }
+}
+
+/// Less is more exact.
+const fn rank(gear: Gear) -> u32 {
+    match gear {
+        Gear::Exact => 0,
+        Gear::Sampled => 1,
+        Gear::Windows => 2,
+        Gear::Paused => 3,
+    }
+}
+
+/// What a span of time took.
+#[derive(Clone, Copy, Debug)]
+struct Usage {
+    load: Load,
+    overhead: f64,
+    /// Processor time a second that the target took itself.
+    cores: f64,
+    /// And with what tracing took.
+    all_cores: f64,
+}
+
+impl Usage {
+    fn of(span: &cost::Span, costs: &Costs, gear: Gear) -> Self {
+        let cost_ns = costs.of(span, gear);
+        let own_ns = span.own_cpu_ns(cost_ns);
+        Self {
+            load: Load::of(span, own_ns),
+            overhead: cost_ns / own_ns,
+            cores: own_ns / 1e9 / span.span_s().max(1e-9),
+            all_cores: span.cores(),
+        }
+    }
+}

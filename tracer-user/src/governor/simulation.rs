@@ -1,0 +1,302 @@
+//! A target on paper, which does its work and pays for its probes.
+
+use super::*;
+use crate::calibrate::ProbeCost;
+
+const PROBE: ProbeCost = ProbeCost {
+    emulated_ns: 700,
+    single_stepped_ns: 7000,
+    return_ns: 700,
+};
+
+/// Time that probes need to be put back and to be taken away.
+const PUT_BACK_S: f64 = 0.012;
+const TAKE_AWAY_S: f64 = 0.1;
+
+struct Target {
+    governor: Governor,
+    /// Pairs of calls for a second of its own work, by the time.
+    pairs: Box<dyn Fn(f64) -> f64>,
+    /// The share of the time that it has work to do.
+    busy: f64,
+    at_s: f64,
+    counted: [f64; 4],
+    own_s: f64,
+    random: u64,
+    changes: Vec<(f64, Gear)>,
+    /// Processor time that tracing took, in every tenth of a second.
+    spent: Vec<f64>,
+}
+
+impl Target {
+    fn new(budget: f64, can: Abilities, busy: f64, pairs: impl Fn(f64) -> f64 + 'static) -> Self {
+        Self {
+            governor: Governor::new(budget, Costs::new(&PROBE), can, Gear::Exact),
+            pairs: Box::new(pairs),
+            busy,
+            at_s: 0.0,
+            counted: [0.0; 4],
+            own_s: 0.0,
+            random: 7,
+            changes: Vec::new(),
+            spent: Vec::new(),
+        }
+    }
+
+    /// Lets the time pass, with probes or without.
+    fn pass(&mut self, time_s: f64, probed: bool) {
+        const STEP_S: f64 = 0.001;
+        let end_s = self.at_s + time_s;
+        while self.at_s < end_s {
+            let step_s = STEP_S.min(end_s - self.at_s);
+            let pairs = (self.pairs)(self.at_s);
+            let load = Load::new(pairs, pairs);
+            let overhead = match (probed, self.governor.gear()) {
+                (false, _) => 0.0,
+                (true, Gear::Sampled) => self.governor.costs.sampled(load, true),
+                (true, _) => self.governor.costs.exact(load),
+            };
+            // It has a processor to itself, and what is left to do is done later if it can be.
+            let own_s = (step_s * self.busy).min(step_s / (1.0 + overhead));
+            let [entries, returns, cpu, spent] = &mut self.counted;
+            if probed {
+                *entries += 2.0 * pairs * own_s;
+                let is_sampled = self.governor.gear() == Gear::Sampled;
+                *returns += pairs * own_s / if is_sampled { 64.0 } else { 1.0 };
+            }
+            *cpu += own_s * (1.0 + overhead);
+            *spent += own_s * overhead;
+            self.own_s += own_s;
+            self.at_s += step_s;
+            let slot = (self.at_s * 10.0) as usize;
+            self.spent.resize(self.spent.len().max(slot + 1), 0.0);
+            self.spent[slot] += own_s * overhead;
+        }
+    }
+
+    fn reading(&self) -> Reading {
+        let [entries, returns, cpu_s, _] = self.counted;
+        Reading {
+            at_ns: (self.at_s * 1e9) as u64,
+            cpu_ns: (cpu_s * 1e9) as u64,
+            entries: entries as u64,
+            returns: returns as u64,
+        }
+    }
+
+    fn uniform(&mut self) -> f64 {
+        self.random = self
+            .random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (self.random >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn until(&mut self, end_s: f64) {
+        let mut last = self.reading();
+        if self.at_s == 0.0 {
+            self.governor.tick(last);
+        }
+        let mut away = false;
+        while self.at_s < end_s {
+            let change = match self.governor.gear() {
+                Gear::Exact | Gear::Sampled => {
+                    if away {
+                        self.pass(PUT_BACK_S, true);
+                        away = false;
+                    }
+                    let tick = if self.at_s < 0.25 { FIRST_TICK } else { TICK };
+                    self.pass(tick.as_secs_f64(), true);
+                    let change = self.governor.tick(self.reading());
+                    if change.is_some_and(|change| self.note(&change)) {
+                        let before = self.reading();
+                        self.pass(TAKE_AWAY_S, true);
+                        away = true;
+                        last = self.reading();
+                        self.governor.left(&before, &last);
+                    }
+                    None
+                }
+                Gear::Windows => {
+                    let random = self.uniform();
+                    self.pass(self.governor.gap(random).as_secs_f64(), false);
+                    let begin = self.reading();
+                    self.pass(PUT_BACK_S, true);
+                    let window_s = self.governor.schedule().window().as_secs_f64();
+                    self.pass(window_s, true);
+                    let closed = self.reading();
+                    self.pass(TAKE_AWAY_S, true);
+                    let gone = self.reading();
+                    let change = self.governor.window(&last, &begin, &closed, &gone);
+                    last = gone;
+                    change
+                }
+                Gear::Paused => {
+                    let pause = self.governor.pause();
+                    self.pass(pause.as_secs_f64(), false);
+                    last = self.reading();
+                    Some(self.governor.resume())
+                }
+            };
+            if let Some(change) = change {
+                self.note(&change);
+            }
+        }
+    }
+
+    /// Gives whether probes are taken away.
+    fn note(&mut self, change: &Change) -> bool {
+        self.changes.push((self.at_s, change.gear));
+        matches!(change.gear, Gear::Windows | Gear::Paused)
+    }
+
+    /// What tracing took, as a share, from a moment on.
+    fn overhead_since(&self, from_s: f64) -> f64 {
+        let spent: f64 = self.spent[(from_s * 10.0) as usize..].iter().sum();
+        spent / ((self.at_s - from_s) * self.busy)
+    }
+}
+
+const ALL: Abilities = Abilities {
+    windows: true,
+    sessions: true,
+};
+
+#[test]
+fn what_costs_little_is_recorded_exactly() {
+    // 2 µs each.
+    let mut target = Target::new(0.05, ALL, 0.5, |_| 10_000.0);
+    target.until(60.0);
+    assert_eq!(target.changes, []);
+    let overhead = target.overhead_since(0.0);
+    assert!((0.02..0.04).contains(&overhead), "{overhead}");
+    assert!((target.governor.overhead() / overhead - 1.0).abs() < 0.05);
+    // Nor does it matter what next to nothing takes of next to nothing.
+    let mut target = Target::new(0.05, ALL, 0.0003, |_| 1e6);
+    target.until(60.0);
+    assert_eq!(target.changes, []);
+}
+
+#[test]
+fn sampling_is_what_is_between() {
+    let mut target = Target::new(0.05, ALL, 1.0, |_| 22_000.0);
+    target.until(60.0);
+    assert_eq!(
+        target.governor.gear(),
+        Gear::Sampled,
+        "{:?}",
+        target.changes
+    );
+    let overhead = target.overhead_since(2.0);
+    assert!((0.02..0.05).contains(&overhead), "{overhead}");
+}
+
+#[test]
+fn windows_keep_the_budget() {
+    for budget in [0.01, 0.03, 0.1] {
+        for (busy, pairs) in [(1.0, 1e6), (0.3, 1e5), (1.0, 1e7)] {
+            let mut target = Target::new(budget, ALL, busy, move |_| pairs);
+            target.until(300.0);
+            assert_eq!(target.governor.gear(), Gear::Windows);
+            assert!(target.changes.len() < 3, "{:?}", target.changes);
+            let overhead = target.overhead_since(0.0) / budget;
+            assert!(
+                (0.8..1.2).contains(&overhead),
+                "{budget} {busy} {pairs}: {overhead}"
+            );
+            let known = target.governor.overhead() / budget;
+            assert!((known / overhead - 1.0).abs() < 0.15, "{known} {overhead}");
+        }
+    }
+}
+
+#[test]
+fn a_burst_does_not_double_it_for_long() {
+    // Ten times the rate for a second out of ten.
+    let pairs = |at_s: f64| {
+        if at_s % 10.0 < 1.0 {
+            100_000.0
+        } else {
+            10_000.0
+        }
+    };
+    let mut target = Target::new(0.05, ALL, 1.0, move |at_s| {
+        if at_s < 5.0 { 10_000.0 } else { pairs(at_s) }
+    });
+    target.until(120.0);
+    let mut longest = 0;
+    let mut length = 0;
+    for spent in &target.spent {
+        length = if *spent > 2.0 * 0.05 * 0.1 {
+            length + 1
+        } else {
+            0
+        };
+        longest = longest.max(length);
+    }
+    assert!(
+        longest < 20,
+        "{longest} tenths of a second, {:?}",
+        target.changes
+    );
+    let overhead = target.overhead_since(0.0);
+    assert!(overhead < 0.06, "{overhead}");
+}
+
+#[test]
+fn what_becomes_cheap_is_recorded_exactly_again() {
+    let mut target = Target::new(
+        0.05,
+        ALL,
+        1.0,
+        |at_s| if at_s < 60.0 { 1e6 } else { 5_000.0 },
+    );
+    target.until(59.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    target.until(100.0);
+    assert_eq!(target.governor.gear(), Gear::Exact, "{:?}", target.changes);
+    assert!(target.changes.len() <= 2, "{:?}", target.changes);
+    // And what comes and goes is left alone for longer and longer.
+    let mut target = Target::new(0.05, ALL, 1.0, |at_s| {
+        if at_s % 40.0 < 5.0 { 1e6 } else { 5_000.0 }
+    });
+    target.until(1200.0);
+    assert!(target.changes.len() < 20, "{:?}", target.changes);
+}
+
+#[test]
+fn without_windows_there_is_a_pause() {
+    let none = Abilities {
+        windows: false,
+        sessions: false,
+    };
+    let mut target = Target::new(0.05, none, 1.0, |_| 1e6);
+    target.until(600.0);
+    assert_eq!(target.changes[0].1, Gear::Paused);
+    assert!(target.overhead_since(0.0) < 0.01);
+    assert!(target.changes.len() > 4, "{:?}", target.changes);
+    // Nor are there any where they would have to be minutes apart.
+    let mut target = Target::new(0.001, ALL, 1.0, |_| 1e7);
+    target.until(60.0);
+    assert_eq!(target.governor.gear(), Gear::Paused, "{:?}", target.changes);
+}
+
+#[test]
+fn a_share_is_said_as_a_percentage() {
+    assert_eq!(Percent(0.0512).to_string(), "5.1 %");
+    assert_eq!(Percent(2.7).to_string(), "270 %");
+}
+
+#[test]
+fn the_user_s_rate_is_as_exact_as_it_gets() {
+    let mut governor = Governor::new(0.05, Costs::new(&PROBE), ALL, Gear::Sampled);
+    let reading = |at_ms: u64| Reading {
+        at_ns: at_ms * 1_000_000,
+        cpu_ns: at_ms * 1_000_000,
+        entries: at_ms,
+        returns: 0,
+    };
+    for tick in 0..200 {
+        assert_eq!(governor.tick(reading(250 * tick)), None);
+    }
+}

@@ -1,0 +1,76 @@
+//! What a site leaks, where calls were recorded in windows.
+
+use serde::Serialize;
+
+use crate::windows::{Doubt, Estimate, Interval};
+
+/// What a site leaks a second.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LeakRate {
+    /// Blocks a second.
+    pub blocks_per_s: Interval,
+    /// Bytes a second.
+    pub bytes_per_s: Interval,
+    /// Share of the blocks allocated, from 0 to 1.
+    pub share: Interval,
+    /// Blocks seen to outlive their window, and of these, those not known to have been freed.
+    pub outlived: u64,
+    /// See there.
+    pub unresolved: u64,
+    /// Age up to which blocks were watched, in seconds.
+    pub watched_s: f64,
+    /// Why the intervals are as wide as they are, and what may be wrong with them.
+    pub doubts: Vec<Doubt>,
+    #[serde(skip)]
+    allocs_per_s: Interval,
+}
+
+impl From<&Estimate> for LeakRate {
+    fn from(estimate: &Estimate) -> Self {
+        Self {
+            blocks_per_s: estimate.blocks_per_s,
+            bytes_per_s: estimate.bytes_per_s,
+            share: estimate.share,
+            outlived: estimate.outlived,
+            unresolved: estimate.unresolved,
+            watched_s: estimate.watched_s,
+            doubts: estimate.doubts.clone(),
+            allocs_per_s: estimate.allocs_per_s,
+        }
+    }
+}
+
+impl LeakRate {
+    /// Whether something is leaked, beyond reasonable doubt.
+    #[must_use]
+    pub fn is_certain(&self) -> bool {
+        self.blocks_per_s.low > 0.0
+    }
+
+    /// Bytes a second that are certain and that are likely.
+    #[must_use]
+    pub const fn rank(&self) -> (f64, f64) {
+        (self.bytes_per_s.low, self.bytes_per_s.estimate)
+    }
+
+    /// Adds that of another site, which leaks by itself.
+    pub fn join(&mut self, other: &Self) {
+        self.blocks_per_s = self.blocks_per_s.plus(other.blocks_per_s);
+        self.bytes_per_s = self.bytes_per_s.plus(other.bytes_per_s);
+        self.allocs_per_s = self.allocs_per_s.plus(other.allocs_per_s);
+        let share = |rate: f64| (rate / self.allocs_per_s.estimate.max(f64::MIN_POSITIVE)).min(1.0);
+        self.share = Interval {
+            low: share(self.blocks_per_s.low),
+            estimate: share(self.blocks_per_s.estimate),
+            high: share(self.blocks_per_s.high),
+        };
+        self.outlived += other.outlived;
+        self.unresolved += other.unresolved;
+        self.watched_s = self.watched_s.max(other.watched_s);
+        for doubt in &other.doubts {
+            if !self.doubts.contains(doubt) {
+                self.doubts.push(*doubt);
+            }
+        }
+    }
+}

@@ -1,0 +1,592 @@
+//! Which gear a session is in: its probes are taken away and put back as the [`Governor`] says.
+
+use std::{
+    collections::HashMap,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use nix::{time::clock_getcpuclockid, unistd::Pid};
+use serde::Serialize;
+use tracer_common::site::Site;
+
+use super::Session;
+use crate::{
+    bpf::{
+        links::{self, ProbeProgram},
+        statistics::{Counting, Runs},
+        tracer::monotonic_ns,
+    },
+    calibrate::ProbeCost,
+    governor::{self, Abilities, Change, Costs, FIRST_TICK, Gear, Governor, Reading, TICK},
+    target::Target,
+    windows::{Estimate, Model, Reading as SiteReading, Window},
+};
+
+/// Programs whose runs are paid for by every allocator call.
+const PAID: [ProbeProgram; 5] = [
+    ProbeProgram::AllocCall,
+    ProbeProgram::AllocEnter,
+    ProbeProgram::AllocExit,
+    ProbeProgram::FreeEnter,
+    ProbeProgram::JumpEnter,
+];
+/// Every so many ticks, the programs' runs are counted for the time of one.
+const TICKS_BETWEEN_COUNTS: u32 = 16;
+/// And every so many windows.
+const WINDOWS_BETWEEN_COUNTS: u32 = 8;
+/// Between looks whether the probes are gone.
+const POLL: Duration = Duration::from_millis(5);
+
+/// What a session does to keep a budget, and what came of it.
+pub(super) struct Pace {
+    governor: Governor,
+    phase: Phase,
+    /// When the next step is due.
+    due: Instant,
+    meters: Meters,
+    counting: Option<(Counting, Runs)>,
+    /// Ticks or windows since the programs' runs were counted.
+    uncounted: u32,
+    /// The user's, if any.
+    sample_bytes: Option<u64>,
+    regime: Option<Regime>,
+    changes: Vec<GearChange>,
+    /// How many of them were told.
+    told: usize,
+}
+
+/// What is under way.
+enum Phase {
+    /// All probes stand, for as long as it takes.
+    Tracing,
+    /// They are taken away.
+    Leaving {
+        thread: Option<JoinHandle<()>>,
+        from: From,
+    },
+    /// They are away until the next window.
+    Gap { last: Reading },
+    /// They stand, and will not for long.
+    Open(Open),
+    /// They are away until the pause is over.
+    Paused,
+}
+
+/// What was under way when probes began to be taken away.
+enum From {
+    /// A gear that traces all the time, and what was counted by then.
+    Tracing(Reading),
+    /// A window.
+    Window(Open),
+    /// Nothing: they are away.
+    Away,
+}
+
+/// A window.
+struct Open {
+    /// When the one before was over.
+    last: Reading,
+    /// Before the first probe was put back, and when recording ended.
+    begin: Reading,
+    closed: Reading,
+}
+
+/// Windows that followed each other.
+struct Regime {
+    since_ns: u64,
+    until_ns: u64,
+    /// By instance.
+    models: HashMap<u32, Model>,
+    windows: u32,
+    open_ns: u64,
+    intake_ns: u64,
+    /// The window that is open, on the clock.
+    current: Window,
+}
+
+/// Sums over all targets, those that have ended included.
+#[derive(Default)]
+struct Meters {
+    by_instance: HashMap<u32, [u64; 3]>,
+    sum: [u64; 3],
+}
+
+impl Meters {
+    fn add(&mut self, instance: u32, now: [u64; 3]) {
+        let before = self.by_instance.insert(instance, now).unwrap_or(now);
+        for ((sum, now), before) in self.sum.iter_mut().zip(now).zip(before) {
+            *sum += now.saturating_sub(before);
+        }
+    }
+}
+
+/// How a budget was kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct BudgetReport {
+    /// What tracing was to take at most, in per cent of the processor time that the targets take
+    /// themselves.
+    pub max_percent: f64,
+    /// What it took, by what probe hits cost.
+    pub percent: f64,
+    /// Changes of gear, in their order; the first gear is `exact`, or `sampled` if that was wanted.
+    pub changes: Vec<GearChange>,
+}
+
+impl BudgetReport {
+    /// Whether nothing was recorded for a time.
+    #[must_use]
+    pub fn was_paused(&self) -> bool {
+        let mut changes = self.changes.iter();
+        changes.any(|change| change.gear == Gear::Paused.name())
+    }
+}
+
+/// A change of gear.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct GearChange {
+    /// When, in milliseconds since tracing began.
+    pub at_ms: u64,
+    /// `exact`, `sampled`, `windows` or `paused`.
+    pub gear: &'static str,
+    /// Why.
+    pub reason: String,
+}
+
+/// When calls were recorded, where that was not all the time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct WindowsReport {
+    /// When windows began to follow each other, in seconds since tracing began.
+    pub since_s: f64,
+    /// Until when they did.
+    pub until_s: f64,
+    /// How many.
+    pub count: u32,
+    /// How long frees were recorded, in seconds in all.
+    pub open_s: f64,
+    /// How long new blocks were.
+    pub intake_s: f64,
+}
+
+impl Session {
+    /// Has tracing keep a budget, a share of the targets' own processor time from 0 to 1, from now on.
+    pub fn keep_budget(&mut self, budget: f64, cost: &ProbeCost) {
+        let attacher = self.tracer.attacher();
+        let abilities = Abilities {
+            windows: attacher.detaches_at_once(),
+            sessions: attacher.has_sessions(),
+        };
+        let sample_bytes = self.filters.sample_bytes;
+        let best = sample_bytes.map_or(Gear::Exact, |_| Gear::Sampled);
+        self.pace = Some(Pace {
+            governor: Governor::new(budget, Costs::new(cost), abilities, best),
+            phase: Phase::Tracing,
+            due: Instant::now(),
+            meters: Meters::default(),
+            counting: None,
+            uncounted: TICKS_BETWEEN_COUNTS,
+            sample_bytes,
+            regime: None,
+            changes: Vec::new(),
+            told: 0,
+        });
+    }
+
+    /// When [`Session::keep_pace`] is to be called next, if ever.
+    #[must_use]
+    pub fn next_step(&self) -> Option<Instant> {
+        self.pace.as_ref().map(|pace| pace.due)
+    }
+
+    /// Does what is due to keep the budget.
+    pub fn keep_pace(&mut self) -> anyhow::Result<()> {
+        let Some(mut pace) = self.pace.take() else {
+            return Ok(());
+        };
+        let result = pace.step(self);
+        self.pace = Some(pace);
+        result
+    }
+
+    /// Whether probes are away at present, but for those that stay.
+    pub(super) fn probes_are_away(&self) -> bool {
+        self.pace.as_ref().is_some_and(|pace| {
+            matches!(
+                pace.phase,
+                Phase::Leaving { .. } | Phase::Gap { .. } | Phase::Paused
+            )
+        })
+    }
+
+    /// Ends what is under way.
+    pub(super) fn stop_pace(&mut self) {
+        if let Some(pace) = &mut self.pace {
+            pace.counting = None;
+            if let Phase::Leaving { thread, .. } = &mut pace.phase
+                && let Some(thread) = thread.take()
+            {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    /// Changes of gear that were not told yet.
+    pub fn take_changes(&mut self) -> Vec<GearChange> {
+        let Some(pace) = &mut self.pace else {
+            return Vec::new();
+        };
+        let new = pace.changes[pace.told..].to_vec();
+        pace.told = pace.changes.len();
+        new
+    }
+
+    /// How the budget was kept.
+    pub(super) fn budget_report(&self) -> Option<BudgetReport> {
+        let pace = self.pace.as_ref()?;
+        Some(BudgetReport {
+            max_percent: pace.governor.budget() * 100.0,
+            percent: pace.governor.overhead() * 100.0,
+            changes: pace.changes.clone(),
+        })
+    }
+
+    /// When calls were recorded, if that was not all the time.
+    pub(super) fn windows_report(&self) -> Option<WindowsReport> {
+        let regime = self.pace.as_ref()?.regime.as_ref()?;
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        Some(WindowsReport {
+            since_s: seconds(regime.since_ns.saturating_sub(self.started_ns)),
+            until_s: seconds(regime.until_ns.saturating_sub(self.started_ns)),
+            count: regime.windows,
+            open_s: seconds(regime.open_ns),
+            intake_s: seconds(regime.intake_ns),
+        })
+    }
+
+    /// What sites of an instance leak by what windows have told.
+    pub(super) fn leaks(&self, instance: u32) -> HashMap<u32, Estimate> {
+        let regime = self.pace.as_ref().and_then(|pace| pace.regime.as_ref());
+        let model = regime.and_then(|regime| regime.models.get(&instance));
+        model.map_or_else(HashMap::new, |model| {
+            model.estimates().into_iter().collect()
+        })
+    }
+
+    /// Forgets sites whose numbers are given to others, and instances.
+    pub(super) fn forget_windows(&mut self, instances: impl Iterator<Item = u32>) {
+        if let Some(pace) = &mut self.pace {
+            for instance in instances {
+                pace.meters.by_instance.remove(&instance);
+                if let Some(regime) = &mut pace.regime {
+                    regime.models.remove(&instance);
+                }
+            }
+        }
+    }
+
+    /// Gives the links of all probes that do not stay.
+    fn take_away(&mut self) -> Vec<links::Link> {
+        let targets = self.targets.values_mut();
+        let mut taken: Vec<_> = targets.flat_map(Target::take_away).collect();
+        taken.extend(self.attachments.take_away());
+        taken
+    }
+
+    /// Takes probes away that were attached while others are away.
+    pub(super) fn take_new_away(&mut self) {
+        if self.probes_are_away() {
+            links::detach(self.take_away());
+        }
+    }
+
+    /// Attaches the probes again that were taken away.
+    fn put_back(&mut self) -> anyhow::Result<()> {
+        self.attachments.put_back(&mut self.tracer)?;
+        for target in self.targets.values_mut() {
+            if target.end.is_none()
+                && let Err(error) = target.put_back(&mut self.tracer)
+            {
+                // It is gone, which is told when it is noticed.
+                if target.process.is_alive() {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Mean size of the blocks allocated so far, in bytes.
+    fn mean_block_bytes(&self) -> f64 {
+        let (blocks, bytes) = self.tracer.site_ids().fold((0, 0), |(blocks, bytes), id| {
+            let (more_blocks, more_bytes) = self.tracer.allocated(id);
+            (blocks + more_blocks, bytes + more_bytes)
+        });
+        bytes as f64 / (blocks as f64).max(1.0)
+    }
+}
+
+impl Pace {
+    fn read(&mut self, session: &Session) -> Reading {
+        for (instance, target) in &session.targets {
+            if target.end.is_some() {
+                continue;
+            }
+            let pid = Pid::from_raw(target.process.pid.cast_signed());
+            let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
+            let Ok(cpu) = cpu else { continue };
+            let state = session.tracer.instance(*instance);
+            let cpu_ns = Duration::from(cpu).as_nanos() as u64;
+            self.meters
+                .add(*instance, [cpu_ns, state.entries, state.returns]);
+        }
+        let [cpu_ns, entries, returns] = self.meters.sum;
+        Reading {
+            at_ns: monotonic_ns(),
+            cpu_ns,
+            entries,
+            returns,
+        }
+    }
+
+    fn step(&mut self, session: &mut Session) -> anyhow::Result<()> {
+        let now = Instant::now();
+        match std::mem::replace(&mut self.phase, Phase::Paused) {
+            Phase::Tracing => {
+                self.phase = Phase::Tracing;
+                self.count_runs(session, TICKS_BETWEEN_COUNTS);
+                let reading = self.read(session);
+                let is_first =
+                    reading.at_ns.saturating_sub(session.started_ns) < TICK.as_nanos() as u64;
+                self.due = now + if is_first { FIRST_TICK } else { TICK };
+                if let Some(change) = self.governor.tick(reading) {
+                    self.enter(change, session)?;
+                }
+            }
+            Phase::Leaving { thread, from } => {
+                if thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+                    self.phase = Phase::Leaving { thread, from };
+                    self.due = now + POLL;
+                    return Ok(());
+                }
+                self.left(from, session)?;
+            }
+            Phase::Gap { last } => self.open(last, session)?,
+            Phase::Open(open) => self.close(open, session),
+            Phase::Paused => {
+                let change = self.governor.resume();
+                self.enter(change, session)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the programs' runs now and then.
+    fn count_runs(&mut self, session: &Session, rarely: u32) {
+        if let Some((_, before)) = self.counting.take() {
+            self.take_count(session, before);
+            return;
+        }
+        self.uncounted += 1;
+        if self.uncounted >= rarely
+            && let Ok(counting) = Counting::begin()
+        {
+            self.counting = Some((counting, session.tracer.runs(&PAID)));
+            self.uncounted = 0;
+        }
+    }
+
+    fn take_count(&mut self, session: &Session, before: Runs) {
+        if let Some(mean_ns) = session.tracer.runs(&PAID).since(before).mean_ns() {
+            let gear = self.governor.gear();
+            self.governor.costs().measured(gear, mean_ns);
+        }
+    }
+
+    /// Takes up another gear.
+    fn enter(&mut self, change: Change, session: &mut Session) -> anyhow::Result<()> {
+        self.counting = None;
+        self.uncounted = u32::MAX / 2;
+        let now_ns = monotonic_ns();
+        log::info!("{}: {}", change.gear.name(), change.reason);
+        self.changes.push(GearChange {
+            at_ms: now_ns.saturating_sub(session.started_ns) / 1_000_000,
+            gear: change.gear.name(),
+            reason: change.reason,
+        });
+        let are_away = !matches!(self.phase, Phase::Tracing);
+        match change.gear {
+            Gear::Exact | Gear::Sampled => {
+                let sample_bytes = (change.gear == Gear::Sampled).then(|| {
+                    let chosen = || governor::sample_bytes(session.mean_block_bytes());
+                    self.sample_bytes.unwrap_or_else(chosen)
+                });
+                if are_away {
+                    session.put_back()?;
+                }
+                session
+                    .tracer
+                    .record_on(sample_bytes, are_away, monotonic_ns());
+                session.sampled_bytes = session.sampled_bytes.max(sample_bytes);
+                self.phase = Phase::Tracing;
+                self.due = Instant::now() + TICK;
+            }
+            Gear::Windows | Gear::Paused => {
+                if are_away {
+                    self.left(From::Away, session)?;
+                } else {
+                    let now = self.read(session);
+                    self.leave(From::Tracing(now), session);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Has probes be taken away by a thread of its own: that takes tens of milliseconds.
+    fn leave(&mut self, from: From, session: &mut Session) {
+        session.tracer.record_nothing();
+        let taken = session.take_away();
+        let thread = thread::Builder::new()
+            .name("detach".to_owned())
+            .spawn(move || links::detach(taken));
+        // Without a thread, they are gone by now.
+        let thread = thread.ok();
+        self.phase = Phase::Leaving { thread, from };
+        self.due = Instant::now() + POLL;
+    }
+
+    /// The probes are gone.
+    fn left(&mut self, from: From, session: &mut Session) -> anyhow::Result<()> {
+        let gone = self.read(session);
+        match from {
+            From::Away => {}
+            From::Tracing(last) => self.governor.left(&last, &gone),
+            From::Window(open) => {
+                let change = self
+                    .governor
+                    .window(&open.last, &open.begin, &open.closed, &gone);
+                if let Some(change) = change {
+                    self.phase = Phase::Gap { last: gone };
+                    return self.enter(change, session);
+                }
+            }
+        }
+        match self.governor.gear() {
+            Gear::Paused => {
+                self.phase = Phase::Paused;
+                self.due = Instant::now() + self.governor.pause();
+            }
+            _ => {
+                self.phase = Phase::Gap { last: gone };
+                let gap = self.governor.gap(fastrand::f64());
+                log::info!("the next window comes in {gap:?}");
+                self.due = Instant::now() + gap;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens a window.
+    fn open(&mut self, last: Reading, session: &mut Session) -> anyhow::Result<()> {
+        let begin = self.read(session);
+        let is_new = self.regime.as_ref().is_none_or(|regime| {
+            // Another gear was in between.
+            session.tracer.recording().since_ns != regime.since_ns
+        });
+        if is_new {
+            self.begin_regime(session);
+        }
+        self.count_runs(session, WINDOWS_BETWEEN_COUNTS);
+        session.put_back()?;
+        let schedule = self.governor.schedule();
+        let opened_ns = monotonic_ns();
+        let Some(regime) = &mut self.regime else {
+            return Ok(());
+        };
+        let [intake_ns, open_ns] =
+            [schedule.intake, schedule.window()].map(|time| time.as_nanos() as u64);
+        regime.current = Window {
+            opened_ns,
+            intake_ended_ns: opened_ns + intake_ns,
+            closed_ns: opened_ns + open_ns,
+        };
+        session
+            .tracer
+            .record_window(regime.since_ns, opened_ns, intake_ns, open_ns);
+        log::info!(
+            "probes put back in {:?}",
+            Duration::from_nanos(opened_ns - begin.at_ns)
+        );
+        self.phase = Phase::Open(Open {
+            last,
+            begin,
+            closed: begin,
+        });
+        // Programs that were at it when recording ended are done then.
+        self.due = Instant::now() + schedule.window() + Duration::from_millis(1);
+        Ok(())
+    }
+
+    /// What sites have counted before belongs to no window.
+    fn begin_regime(&mut self, session: &Session) {
+        let since_ns = monotonic_ns();
+        let mut models = HashMap::new();
+        for (instance, sites) in session.heap_sites() {
+            let mut model = Model::new();
+            model.begin(sites.iter().map(|(id, site)| (*id, SiteReading::of(site))));
+            models.insert(instance, model);
+        }
+        self.regime = Some(Regime {
+            since_ns,
+            until_ns: since_ns,
+            models,
+            windows: 0,
+            open_ns: 0,
+            intake_ns: 0,
+            current: Window {
+                opened_ns: 0,
+                intake_ended_ns: 0,
+                closed_ns: 0,
+            },
+        });
+    }
+
+    /// The window has closed by itself, at its time.
+    fn close(&mut self, mut open: Open, session: &mut Session) {
+        open.closed = self.read(session);
+        if let Some((_, before)) = self.counting.take() {
+            self.take_count(session, before);
+        }
+        let sites = session.heap_sites();
+        if let Some(regime) = &mut self.regime {
+            let Window {
+                opened_ns,
+                intake_ended_ns,
+                closed_ns,
+            } = regime.current;
+            regime.windows += 1;
+            regime.open_ns += closed_ns - opened_ns;
+            regime.intake_ns += intake_ended_ns - opened_ns;
+            regime.until_ns = closed_ns;
+            for instance in session.targets.keys() {
+                let sites: &[(u32, Site)] = sites.get(instance).map_or(&[], Vec::as_slice);
+                let readings = sites.iter().map(|(id, site)| (*id, SiteReading::of(site)));
+                let armed_at_ns = session.tracer.instance(*instance).armed_at_ns;
+                let model = regime.models.entry(*instance).or_default();
+                if armed_at_ns > opened_ns {
+                    // It came in the middle of it.
+                    model.begin(readings);
+                    continue;
+                }
+                // On the clock of its birth slices.
+                let window = Window {
+                    opened_ns: opened_ns - armed_at_ns,
+                    intake_ended_ns: intake_ended_ns - armed_at_ns,
+                    closed_ns: closed_ns - armed_at_ns,
+                };
+                model.push(&window, readings);
+            }
+        }
+        self.leave(From::Window(open), session);
+    }
+}
