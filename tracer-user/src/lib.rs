@@ -17,6 +17,7 @@ pub mod definitions;
 pub mod diagnostics;
 pub mod discover;
 pub mod files;
+pub mod forecast;
 pub mod glob;
 pub mod governor;
 pub mod growth;

@@ -20,6 +20,7 @@ use crate::{
         process::Process,
         selection::{Gap, Selection, Wishes},
     },
+    governor::DEFAULT_BUDGET,
     host::Host,
     preflight,
     report::{
@@ -217,14 +218,12 @@ pub(super) async fn trace(
     })
 }
 
-/// What tracing may take of the processor time that the processes take themselves, unless it is all the same. By
-/// default that is little enough for a service not to feel it, and enough to find a leak by windows in minutes.
+/// What tracing may take of the processor time that the processes take themselves, unless it is all the same.
 fn budget(options: &TraceOptions) -> Option<f64> {
-    const DEFAULT: f64 = 0.05;
     if options.exact || options.measure.is_some() {
         return None;
     }
-    let budget = options.max_overhead.unwrap_or(DEFAULT);
+    let budget = options.max_overhead.unwrap_or(DEFAULT_BUDGET);
     budget.is_finite().then_some(budget)
 }
 

@@ -24,6 +24,7 @@ use crate::{
         module::{Function, Module, Search},
         process::Process,
     },
+    forecast::{Forecast, forecast},
     host::{Host, Problem},
     preflight::{self, Danger, Severity},
     terminal::Harmless,
@@ -31,10 +32,10 @@ use crate::{
 
 /// Runs the command. Ends with 0 if all that was asked for can be traced, else with 1.
 pub fn doctor(args: &args::Doctor) -> anyhow::Result<ExitCode> {
-    let mut report = Report::of_host();
+    let (mut report, mut tracer) = Report::of_host();
     let mut unreadable = None;
     for pid in &args.pids {
-        match Patient::examine(*pid, &report) {
+        match Patient::examine(*pid, &report, tracer.as_mut()) {
             Ok(process) => report.processes.push(process),
             Err(error) => {
                 report.processes.push(Patient::unreadable(*pid, &error));
@@ -118,6 +119,8 @@ struct Patient {
     #[serde(flatten)]
     verdict: Verdict,
     dangers: Vec<DangerReport>,
+    /// What tracing it would take; none if that was not found out.
+    forecast: Option<Forecast>,
     /// Mapped files that hold code.
     files_examined: usize,
     /// Those that have allocator functions.
@@ -213,7 +216,7 @@ struct Unreadable {
 }
 
 impl Report {
-    fn of_host() -> Self {
+    fn of_host() -> (Self, Option<Tracer>) {
         let facts = Host::read();
         let problems: Vec<ProblemReport> = facts
             .problems()
@@ -228,18 +231,21 @@ impl Report {
             problems,
             error: None,
         };
-        if host.problems.is_empty()
-            && let Err(error) = host.try_out()
-        {
-            host.error = Some(format!("{error:#}"));
+        let mut tracer = None;
+        if host.problems.is_empty() {
+            match host.try_out() {
+                Ok(loaded) => tracer = Some(loaded),
+                Err(error) => host.error = Some(format!("{error:#}")),
+            }
         }
-        Self {
+        let report = Self {
             schema: "unfreed.doctor/1",
             version: env!("CARGO_PKG_VERSION"),
             can_trace: false,
             host,
             processes: Vec::new(),
-        }
+        };
+        (report, tracer)
     }
 
     /// Why nothing can be traced on this host.
@@ -255,17 +261,17 @@ impl Report {
 
 impl HostReport {
     /// Loads the programs and measures what a probe costs.
-    fn try_out(&mut self) -> anyhow::Result<()> {
+    fn try_out(&mut self) -> anyhow::Result<Tracer> {
         let mut tracer = Tracer::load(Limits::LEAST, self.facts.links())?;
         self.links = Some(tracer.attacher().name());
         self.programs = tracer.programs()?;
         self.probe_cost = Some(calibrate::measure(&mut tracer)?);
-        Ok(())
+        Ok(tracer)
     }
 }
 
 impl Patient {
-    fn examine(pid: u32, report: &Report) -> anyhow::Result<Self> {
+    fn examine(pid: u32, report: &Report, tracer: Option<&mut Tracer>) -> anyhow::Result<Self> {
         let host = &report.host;
         let process = Process::inspect(pid)?;
         let dangers = preflight::check_process(pid, &host.facts)?;
@@ -275,6 +281,7 @@ impl Patient {
             exe: Some(process.exe.clone()),
             verdict: Verdict::CanBeTraced,
             dangers: dangers.iter().map(DangerReport::from).collect(),
+            forecast: None,
             files_examined: 0,
             modules: Vec::new(),
             unreadable_files: Vec::new(),
@@ -303,7 +310,7 @@ impl Patient {
                     if part.path == process.exe {
                         program = Some(modules.len());
                     }
-                    modules.push((part.path.clone(), module));
+                    modules.push((part.path.clone(), mapping.map_file(pid), module));
                 }
                 Err(error) => patient.unreadable_files.push(Unreadable {
                     path: part.path.clone(),
@@ -312,12 +319,12 @@ impl Patient {
             }
         }
         patient.files_examined = seen.len();
-        let program = program.map(|index| &modules[index].1);
-        let none = preflight::no_allocator(program, modules.iter().map(|(_, module)| module));
+        let program = program.map(|index| &modules[index].2);
+        let none = preflight::no_allocator(program, modules.iter().map(|(_, _, module)| module));
         patient.modules = modules
             .iter()
-            .filter(|(_, module)| module.has_allocator())
-            .map(|(path, module)| ModuleReport {
+            .filter(|(_, _, module)| module.has_allocator())
+            .map(|(path, _, module)| ModuleReport {
                 path: path.clone(),
                 build_id: module.build_id.clone(),
                 functions: functions(module, host.probe_cost),
@@ -344,6 +351,17 @@ impl Patient {
             }
             (None, None) => Verdict::CanBeTraced,
         };
+        if patient.verdict == Verdict::CanBeTraced
+            && let (Some(tracer), Some(cost)) = (tracer, host.probe_cost)
+        {
+            let modules: Vec<_> = modules
+                .into_iter()
+                .map(|(_, map_file, module)| (map_file, module))
+                .collect();
+            patient.forecast = forecast(tracer, pid, &modules, &cost)
+                .inspect_err(|error| log::warn!("PID {pid}: {error:#}"))
+                .unwrap_or_default();
+        }
         Ok(patient)
     }
 
@@ -354,6 +372,7 @@ impl Patient {
             exe: None,
             verdict: Verdict::impossible(format!("{error:#}")),
             dangers: Vec::new(),
+            forecast: None,
             files_examined: 0,
             modules: Vec::new(),
             unreadable_files: Vec::new(),
@@ -431,6 +450,7 @@ mod tests {
             exe: Some("/usr/bin/server".into()),
             verdict: Verdict::CanBeTraced,
             dangers: vec![DangerReport::from(&Danger::Go)],
+            forecast: None,
             files_examined: 3,
             modules: vec![ModuleReport {
                 path: "/lib/libc.so.6".into(),

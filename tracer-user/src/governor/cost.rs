@@ -125,6 +125,14 @@ impl Costs {
         }
     }
 
+    /// Of the processor time that a target took, what it took itself where so many entries were hit by programs that
+    /// do nothing.
+    #[must_use]
+    pub fn own_s(&self, cpu_s: f64, entries: f64) -> f64 {
+        let cost_s = self.of_probes(entries, 0.0) / 1e9;
+        (cpu_s - cost_s).max(cpu_s / 20.0).max(1e-9)
+    }
+
     /// Takes up what a run of a program was found to take in a gear, on average.
     pub fn measured(&mut self, gear: Gear, program_ns: f64) {
         if gear == Gear::Sampled {

@@ -14,7 +14,7 @@ use std::{collections::VecDeque, fmt, time::Duration};
 use account::Account;
 pub use cost::{Costs, Load, Reading, sample_bytes};
 
-use crate::{report::units::duration, windows::Schedule};
+use crate::{bpf::links::Attacher, report::units::duration, windows::Schedule};
 
 /// Overhead is looked at this often, in the gears that trace all the time.
 pub const TICK: Duration = Duration::from_millis(250);
@@ -77,6 +77,10 @@ pub struct Change {
     pub reason: String,
 }
 
+/// What tracing running processes may take of the processor time that they take themselves, unless the user says
+/// otherwise: little enough for a service not to feel it, and enough to find a leak in minutes.
+pub const DEFAULT_BUDGET: f64 = 0.05;
+
 /// What can be done here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Abilities {
@@ -84,6 +88,35 @@ pub struct Abilities {
     pub windows: bool,
     /// Calls that are not sampled have no return probe.
     pub sessions: bool,
+}
+
+impl Abilities {
+    /// Of a way to attach.
+    #[must_use]
+    pub const fn of(attacher: &Attacher) -> Self {
+        Self {
+            windows: attacher.detaches_at_once(),
+            sessions: attacher.has_sessions(),
+        }
+    }
+}
+
+/// The gear that a load will end up in, of a target that takes so much processor time a second, and the share of the
+/// time that windows would be open.
+#[must_use]
+pub fn foresee(
+    budget: f64,
+    costs: Costs,
+    abilities: Abilities,
+    load: Load,
+    cores: f64,
+) -> (Gear, f64) {
+    let mut governor = Governor::new(budget, costs, abilities, Gear::Exact);
+    if governor.overhead_in(Gear::Exact, load) <= governor.allowed(cores) {
+        return (Gear::Exact, 1.0);
+    }
+    let change = governor.shift_down(load, cores, String::new(), 0);
+    (change.gear, governor.schedule().duty)
 }
 
 /// A share, as a percentage.

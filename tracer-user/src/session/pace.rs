@@ -171,11 +171,7 @@ pub struct WindowsReport {
 impl Session {
     /// Has tracing keep a budget, a share of the targets' own processor time from 0 to 1, from now on.
     pub fn keep_budget(&mut self, budget: f64, cost: &ProbeCost) {
-        let attacher = self.tracer.attacher();
-        let abilities = Abilities {
-            windows: attacher.detaches_at_once(),
-            sessions: attacher.has_sessions(),
-        };
+        let abilities = Abilities::of(self.tracer.attacher());
         let sample_bytes = self.filters.sample_bytes;
         let best = sample_bytes.map_or(Gear::Exact, |_| Gear::Sampled);
         self.pace = Some(Pace {

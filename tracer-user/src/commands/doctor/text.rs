@@ -5,8 +5,10 @@ use std::io::{self, Write};
 use super::{Does, FunctionReport, HostReport, Patient, Report, Verdict};
 use crate::{
     calibrate::ProbeCost,
+    forecast::Forecast,
     host::{Bpf, Lockdown, UretprobeSyscall},
     preflight::Severity,
+    report::units::{count, duration},
     terminal::harmless,
 };
 
@@ -183,6 +185,47 @@ fn rows(host: &HostReport) -> Vec<Row> {
     rows
 }
 
+/// What tracing would take.
+fn forecast(forecast: &Forecast, out: &mut dyn Write) -> io::Result<()> {
+    let Forecast {
+        counted_s,
+        allocs_per_s,
+        frees_per_s,
+        processors,
+        exact_percent,
+        sampled_percent,
+        gear,
+        recorded_percent,
+        budget_percent,
+    } = forecast;
+    if allocs_per_s + frees_per_s == 0.0 {
+        return writeln!(
+            out,
+            "  cost: it neither allocated nor freed anything in {}, so recording every call costs nothing now",
+            duration(*counted_s)
+        );
+    }
+    writeln!(
+        out,
+        "  cost: it made {} allocations and {} frees a second, counted for {}, and took {processors:.2} \
+         processors itself.\n        Recording every call would take it about {exact_percent:.2} % more \
+         processor time, sampling {sampled_percent:.2} %.",
+        count(allocs_per_s.round() as u64),
+        count(frees_per_s.round() as u64),
+        duration(*counted_s),
+    )?;
+    let plan = match *gear {
+        "exact" => "would record every call".to_owned(),
+        "sampled" => "would record some calls, each for others".to_owned(),
+        "windows" => format!("would record every call in {recorded_percent:.1} % of the time"),
+        _ => "would hardly record anything".to_owned(),
+    };
+    writeln!(
+        out,
+        "        To take no more than {budget_percent} %, `attach` {plan} (--max-overhead, --exact)."
+    )
+}
+
 fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
     write!(out, "Process {}", process.pid)?;
     if let Some(comm) = &process.comm {
@@ -198,6 +241,9 @@ fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
     }
     if !process.modules.is_empty() {
         writeln!(out)?;
+    }
+    if let Some(forecast) = &process.forecast {
+        self::forecast(forecast, out)?;
     }
     let allocators = process
         .modules
