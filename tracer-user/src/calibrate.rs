@@ -13,7 +13,7 @@ use tracer_common::alloc_spec::AllocSpec;
 
 use crate::{
     bpf::{
-        links::{self, Point, ProbeProgram, Scope},
+        links::{self, Link, Point, ProbeProgram, Scope},
         tracer::Tracer,
     },
     discover::{maps::Mapping, process::Process},
@@ -78,45 +78,77 @@ mod targets {
 
 /// Measures, in some ten milliseconds plus the time to detach. The probes are gone when it returns.
 pub fn measure(tracer: &mut Tracer) -> anyhow::Result<ProbeCost> {
-    let pid = std::process::id();
-    let pid = NonZeroU32::new(pid).ok_or_else(|| anyhow!("this process has no PID"))?;
-    let mappings = Process::mappings(pid.get())?;
-    let (mapping, emulated) = locate(&mappings, targets::emulated)?;
-    let file = mapping.map_file(pid.get());
-    let (_, single_stepped) = locate(&mappings, targets::single_stepped)?;
-    let (_, returning) = locate(&mappings, targets::returning)?;
+    let calibrator = Calibrator::attach(tracer)?;
+    let cost = calibrator.measure();
+    links::detach(calibrator.detach());
+    cost
+}
 
-    let bare = time_of(targets::emulated, CALLS);
-    let mut links = Vec::new();
-    let mut attach = |program, points: &[Point]| -> anyhow::Result<()> {
-        links.extend(tracer.attach(program, &file, points, Scope::Process(pid))?);
-        Ok(())
-    };
-    let attached = attach(
-        ProbeProgram::FreeEnter,
-        &[emulated, single_stepped, returning],
-    )
-    .and_then(|()| attach(ProbeProgram::AllocExit, &[returning]));
-    let probed = attached.map(|()| {
-        [
+/// Probes on functions of our own, by which hits can be measured again and again: what else runs on the host makes
+/// them dearer for everybody.
+#[derive(Debug)]
+pub struct Calibrator {
+    links: Vec<Link>,
+    bare_ns: u32,
+}
+
+impl Calibrator {
+    /// Attaches the probes.
+    pub fn attach(tracer: &mut Tracer) -> anyhow::Result<Self> {
+        let pid = std::process::id();
+        let pid = NonZeroU32::new(pid).ok_or_else(|| anyhow!("this process has no PID"))?;
+        let mappings = Process::mappings(pid.get())?;
+        let (mapping, emulated) = locate(&mappings, targets::emulated)?;
+        let file = mapping.map_file(pid.get());
+        let (_, single_stepped) = locate(&mappings, targets::single_stepped)?;
+        let (_, returning) = locate(&mappings, targets::returning)?;
+        let mut calibrator = Self {
+            links: Vec::new(),
+            bare_ns: time_of(targets::emulated, CALLS),
+        };
+        // As allocating functions are probed.
+        let returns: &[_] = match tracer.attacher().has_sessions() {
+            true => &[ProbeProgram::NothingCall],
+            false => &[ProbeProgram::FreeEnter, ProbeProgram::AllocExit],
+        };
+        let entries = [(ProbeProgram::FreeEnter, vec![emulated, single_stepped])];
+        let returns = returns.iter().map(|program| (*program, vec![returning]));
+        for (program, points) in entries.into_iter().chain(returns) {
+            match tracer.attach(program, &file, &points, Scope::Process(pid)) {
+                Ok(links) => calibrator.links.extend(links),
+                Err(error) => {
+                    links::detach(calibrator.detach());
+                    return Err(error)
+                        .context("failed to probe unfreed itself, to measure what a probe costs");
+                }
+            }
+        }
+        Ok(calibrator)
+    }
+
+    /// Measures, in some milliseconds.
+    pub fn measure(&self) -> anyhow::Result<ProbeCost> {
+        let [emulated, single_stepped, returning] = [
             time_of(targets::emulated, CALLS),
             time_of(targets::single_stepped, SLOW_CALLS),
             time_of(targets::returning, CALLS),
         ]
-    });
-    links::detach(links);
-
-    let [emulated, single_stepped, returning] = probed
-        .context("failed to probe unfreed itself, to measure what a probe costs")?
-        .map(|time_ns| time_ns.saturating_sub(bare));
-    if emulated.min(single_stepped) < LEAST_NS {
-        bail!("the probes on unfreed itself were not hit, so their cost is unknown");
+        .map(|time_ns| time_ns.saturating_sub(self.bare_ns));
+        if emulated.min(single_stepped) < LEAST_NS {
+            bail!("the probes on unfreed itself were not hit, so their cost is unknown");
+        }
+        Ok(ProbeCost {
+            emulated_ns: emulated,
+            single_stepped_ns: single_stepped,
+            return_ns: returning.saturating_sub(emulated),
+        })
     }
-    Ok(ProbeCost {
-        emulated_ns: emulated,
-        single_stepped_ns: single_stepped,
-        return_ns: returning.saturating_sub(emulated),
-    })
+
+    /// Gives the probes to be taken away.
+    #[must_use]
+    pub fn detach(self) -> Vec<Link> {
+        self.links
+    }
 }
 
 /// Where in which file a function of ours is, and a probe at its entry.

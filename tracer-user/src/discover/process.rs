@@ -122,6 +122,16 @@ impl Process {
         Self::lives(pid, 0)
     }
 
+    /// Its processor time outside of the kernel, in nanoseconds, to a hundredth of a second; 0 if it is gone.
+    #[must_use]
+    pub fn user_ns(&self) -> u64 {
+        let stat = procfs::process::Process::new(self.pid.cast_signed())
+            .and_then(|process| process.stat());
+        stat.map_or(0, |stat| {
+            stat.utime * 1_000_000_000 / procfs::ticks_per_second()
+        })
+    }
+
     /// Whether any thread of it is left.
     #[must_use]
     pub fn is_alive(&self) -> bool {

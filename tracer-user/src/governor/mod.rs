@@ -8,11 +8,13 @@ mod account;
 mod cost;
 #[cfg(test)]
 mod simulation;
+mod speedometer;
 
 use std::{collections::VecDeque, fmt, time::Duration};
 
 use account::Account;
 pub use cost::{Costs, Load, Reading, sample_bytes};
+pub use speedometer::Speedometer;
 
 use crate::{bpf::links::Attacher, report::units::duration, windows::Schedule};
 
@@ -382,6 +384,12 @@ impl Governor {
             }
         }
         None
+    }
+
+    /// What hits took of a target in a window, in nanoseconds.
+    #[must_use]
+    pub fn cost_ns(&self, opened: &Reading, closed: &Reading) -> f64 {
+        self.costs.of(&closed.since(opened), Gear::Windows)
     }
 
     /// Mean time between the end of a window and the begin of the next.

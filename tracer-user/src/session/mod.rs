@@ -554,13 +554,14 @@ impl Session {
     pub fn stop(&mut self) -> anyhow::Result<()> {
         // Those that were opened just now and of which nobody has heard included: while probes are taken
         // away, frees may be seen no more and allocations still be.
-        self.stop_pace();
+        let own = self.stop_pace();
         let disarmed = self.tracer.disarm_all();
         let mut links: Vec<_> = self
             .targets
             .values_mut()
             .flat_map(|target| target.disarm(&self.tracer))
             .collect();
+        links.extend(own);
         links.extend(self.attachments.detach());
         self.stopped_ns = Some(monotonic_ns());
         links::detach(links);

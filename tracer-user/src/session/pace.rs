@@ -17,8 +17,10 @@ use crate::{
         statistics::{Counting, Runs},
         tracer::monotonic_ns,
     },
-    calibrate::ProbeCost,
-    governor::{self, Abilities, Change, Costs, FIRST_TICK, Gear, Governor, Reading, TICK},
+    calibrate::{Calibrator, ProbeCost},
+    governor::{
+        self, Abilities, Change, Costs, FIRST_TICK, Gear, Governor, Reading, Speedometer, TICK,
+    },
     target::Target,
     windows::{Estimate, Model, Reading as SiteReading, Window},
 };
@@ -33,6 +35,8 @@ const PAID: [ProbeProgram; 5] = [
 ];
 /// Every so many ticks, the programs' runs are counted for the time of one.
 const TICKS_BETWEEN_COUNTS: u32 = 16;
+/// Ticks between measurements of what a hit costs; and one in every window.
+const TICKS_BETWEEN_CALIBRATIONS: u32 = 8;
 /// And every so many windows.
 const WINDOWS_BETWEEN_COUNTS: u32 = 8;
 /// Between looks whether the probes are gone.
@@ -41,6 +45,8 @@ const POLL: Duration = Duration::from_millis(5);
 /// What a session does to keep a budget, and what came of it.
 pub(super) struct Pace {
     governor: Governor,
+    /// What measures again what hits cost; none if it cannot be had.
+    calibrator: Option<Calibrator>,
     phase: Phase,
     /// When the next step is due.
     due: Instant,
@@ -66,7 +72,7 @@ enum Phase {
         from: From,
     },
     /// They are away until the next window.
-    Gap { last: Reading },
+    Gap { last: Reading, gone: Snapshot },
     /// They stand, and will not for long.
     Open(Open),
     /// They are away until the pause is over.
@@ -90,7 +96,12 @@ struct Open {
     /// Before the first probe was put back, and when recording ended.
     begin: Reading,
     closed: Reading,
+    /// When it was opened, by instance.
+    opened: Snapshot,
 }
+
+/// What was counted of every instance up to a moment.
+type Snapshot = HashMap<u32, Reading>;
 
 /// Windows that followed each other.
 struct Regime {
@@ -98,6 +109,8 @@ struct Regime {
     until_ns: u64,
     /// By instance.
     models: HashMap<u32, Model>,
+    /// By instance.
+    paces: HashMap<u32, Speedometer>,
     windows: u32,
     open_ns: u64,
     intake_ns: u64,
@@ -108,16 +121,17 @@ struct Regime {
 /// Sums over all targets, those that have ended included.
 #[derive(Default)]
 struct Meters {
-    by_instance: HashMap<u32, [u64; 3]>,
-    sum: [u64; 3],
+    by_instance: Snapshot,
+    sum: Reading,
 }
 
 impl Meters {
-    fn add(&mut self, instance: u32, now: [u64; 3]) {
+    fn add(&mut self, instance: u32, now: Reading) {
         let before = self.by_instance.insert(instance, now).unwrap_or(now);
-        for ((sum, now), before) in self.sum.iter_mut().zip(now).zip(before) {
-            *sum += now.saturating_sub(before);
-        }
+        self.sum.at_ns = now.at_ns;
+        self.sum.cpu_ns += now.cpu_ns.saturating_sub(before.cpu_ns);
+        self.sum.entries += now.entries.saturating_sub(before.entries);
+        self.sum.returns += now.returns.saturating_sub(before.returns);
     }
 }
 
@@ -174,7 +188,12 @@ impl Session {
         let abilities = Abilities::of(self.tracer.attacher());
         let sample_bytes = self.filters.sample_bytes;
         let best = sample_bytes.map_or(Gear::Exact, |_| Gear::Sampled);
+        let calibrator = Calibrator::attach(&mut self.tracer)
+            .inspect_err(|error| log::warn!("{error:#}"))
+            .ok()
+            .filter(|_| abilities.windows);
         self.pace = Some(Pace {
+            calibrator,
             governor: Governor::new(budget, Costs::new(cost), abilities, best),
             phase: Phase::Tracing,
             due: Instant::now(),
@@ -214,16 +233,24 @@ impl Session {
         })
     }
 
-    /// Ends what is under way.
-    pub(super) fn stop_pace(&mut self) {
+    /// Ends what is under way. Gives probes to be taken away.
+    pub(super) fn stop_pace(&mut self) -> Vec<links::Link> {
+        let mut links = Vec::new();
         if let Some(pace) = &mut self.pace {
             pace.counting = None;
+            links.extend(
+                pace.calibrator
+                    .take()
+                    .into_iter()
+                    .flat_map(Calibrator::detach),
+            );
             if let Phase::Leaving { thread, .. } = &mut pace.phase
                 && let Some(thread) = thread.take()
             {
                 let _ = thread.join();
             }
         }
+        links
     }
 
     /// Changes of gear that were not told yet.
@@ -323,6 +350,7 @@ impl Session {
 
 impl Pace {
     fn read(&mut self, session: &Session) -> Reading {
+        let in_windows = self.governor.gear() == Gear::Windows;
         for (instance, target) in &session.targets {
             if target.end.is_some() {
                 continue;
@@ -331,17 +359,20 @@ impl Pace {
             let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
             let Ok(cpu) = cpu else { continue };
             let state = session.tracer.instance(*instance);
-            let cpu_ns = Duration::from(cpu).as_nanos() as u64;
-            self.meters
-                .add(*instance, [cpu_ns, state.entries, state.returns]);
+            let reading = Reading {
+                at_ns: monotonic_ns(),
+                cpu_ns: Duration::from(cpu).as_nanos() as u64,
+                user_ns: match in_windows {
+                    true => target.process.user_ns(),
+                    false => 0,
+                },
+                entries: state.entries,
+                returns: state.returns,
+            };
+            self.meters.add(*instance, reading);
         }
-        let [cpu_ns, entries, returns] = self.meters.sum;
-        Reading {
-            at_ns: monotonic_ns(),
-            cpu_ns,
-            entries,
-            returns,
-        }
+        self.meters.sum.at_ns = monotonic_ns();
+        self.meters.sum
     }
 
     fn step(&mut self, session: &mut Session) -> anyhow::Result<()> {
@@ -349,6 +380,9 @@ impl Pace {
         match std::mem::replace(&mut self.phase, Phase::Paused) {
             Phase::Tracing => {
                 self.phase = Phase::Tracing;
+                if self.uncounted.is_multiple_of(TICKS_BETWEEN_CALIBRATIONS) {
+                    self.calibrate();
+                }
                 self.count_runs(session, TICKS_BETWEEN_COUNTS);
                 let reading = self.read(session);
                 let is_first =
@@ -366,7 +400,7 @@ impl Pace {
                 }
                 self.left(from, session)?;
             }
-            Phase::Gap { last } => self.open(last, session)?,
+            Phase::Gap { last, gone } => self.open(last, &gone, session)?,
             Phase::Open(open) => self.close(open, session),
             Phase::Paused => {
                 let change = self.governor.resume();
@@ -374,6 +408,14 @@ impl Pace {
             }
         }
         Ok(())
+    }
+
+    /// Measures again what hits cost: a millisecond.
+    fn calibrate(&mut self) {
+        if let Some(Ok(cost)) = self.calibrator.as_ref().map(Calibrator::measure) {
+            log::info!("{cost:?}");
+            self.governor.costs().calibrated(&cost);
+        }
     }
 
     /// Counts the programs' runs now and then.
@@ -462,7 +504,7 @@ impl Pace {
                     .governor
                     .window(&open.last, &open.begin, &open.closed, &gone);
                 if let Some(change) = change {
-                    self.phase = Phase::Gap { last: gone };
+                    self.phase = self.gap(gone);
                     return self.enter(change, session);
                 }
             }
@@ -473,7 +515,7 @@ impl Pace {
                 self.due = Instant::now() + self.governor.pause();
             }
             _ => {
-                self.phase = Phase::Gap { last: gone };
+                self.phase = self.gap(gone);
                 let gap = self.governor.gap(fastrand::f64());
                 log::info!("the next window comes in {gap:?}");
                 self.due = Instant::now() + gap;
@@ -482,8 +524,20 @@ impl Pace {
         Ok(())
     }
 
+    fn gap(&self, last: Reading) -> Phase {
+        Phase::Gap {
+            last,
+            gone: self.meters.by_instance.clone(),
+        }
+    }
+
     /// Opens a window.
-    fn open(&mut self, last: Reading, session: &mut Session) -> anyhow::Result<()> {
+    fn open(
+        &mut self,
+        last: Reading,
+        gone: &Snapshot,
+        session: &mut Session,
+    ) -> anyhow::Result<()> {
         let begin = self.read(session);
         let is_new = self.regime.as_ref().is_none_or(|regime| {
             // Another gear was in between.
@@ -491,6 +545,14 @@ impl Pace {
         });
         if is_new {
             self.begin_regime(session);
+        }
+        if let Some(regime) = &mut self.regime {
+            for (instance, begin) in &self.meters.by_instance {
+                if let Some(gone) = gone.get(instance) {
+                    let pace = regime.paces.entry(*instance).or_default();
+                    pace.untraced(gone, begin);
+                }
+            }
         }
         self.count_runs(session, WINDOWS_BETWEEN_COUNTS);
         session.put_back()?;
@@ -509,14 +571,17 @@ impl Pace {
         session
             .tracer
             .record_window(regime.since_ns, opened_ns, intake_ns, open_ns);
+        self.calibrate();
         log::info!(
             "probes put back in {:?}",
             Duration::from_nanos(opened_ns - begin.at_ns)
         );
+        self.read(session);
         self.phase = Phase::Open(Open {
             last,
             begin,
             closed: begin,
+            opened: self.meters.by_instance.clone(),
         });
         // Programs that were at it when recording ended are done then.
         self.due = Instant::now() + schedule.window() + Duration::from_millis(1);
@@ -536,6 +601,7 @@ impl Pace {
             since_ns,
             until_ns: since_ns,
             models,
+            paces: HashMap::new(),
             windows: 0,
             open_ns: 0,
             intake_ns: 0,
@@ -559,12 +625,13 @@ impl Pace {
                 opened_ns,
                 intake_ended_ns,
                 closed_ns,
+                ..
             } = regime.current;
             regime.windows += 1;
             regime.open_ns += closed_ns - opened_ns;
             regime.intake_ns += intake_ended_ns - opened_ns;
             regime.until_ns = closed_ns;
-            for instance in session.targets.keys() {
+            for (instance, target) in &session.targets {
                 let sites: &[(u32, Site)] = sites.get(instance).map_or(&[], Vec::as_slice);
                 let readings = sites.iter().map(|(id, site)| (*id, SiteReading::of(site)));
                 let armed_at_ns = session.tracer.instance(*instance).armed_at_ns;
@@ -573,6 +640,15 @@ impl Pace {
                     // It came in the middle of it.
                     model.begin(readings);
                     continue;
+                }
+                if let (Some(opened), Some(closed)) = (
+                    open.opened.get(instance),
+                    self.meters.by_instance.get(instance),
+                ) {
+                    let pace = regime.paces.entry(*instance).or_default();
+                    pace.traced(opened, closed, self.governor.cost_ns(opened, closed));
+                    model.set_speed(pace.speed());
+                    log::info!("PID {}: {:?}", target.process.pid, pace.speed());
                 }
                 // On the clock of its birth slices.
                 let window = Window {

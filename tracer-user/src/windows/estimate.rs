@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     cohorts::Members,
     limits::{Spread, Z, least, most, student},
-    model::{AgeBin, Model, OLD_S, SiteWindows},
+    model::{AgeBin, Model, OLD_S, SiteWindows, Speed},
 };
 
 /// Windows and age of the oldest blocks, in seconds, before anything is certain.
@@ -46,6 +46,8 @@ const HUGE_BYTES: f64 = 131_072.0;
 const YOUNG_FREES: f64 = 3.0;
 /// Frees that come in lumps of this many are told.
 const LUMPS: f64 = 10.0;
+/// Error of the speed, in proportion, from which on it is told.
+const SPEED_UNKNOWN: f64 = 0.25;
 const SIZE_CLASSES: usize = 64;
 
 /// A figure and where it lies with a probability of at least 95 %.
@@ -104,6 +106,8 @@ pub enum Doubt {
     HugeBlocks,
     /// Blocks come, or are freed, many at a time.
     Lumps,
+    /// Tracing slows the process down so much that its speed without is known badly.
+    SlowedDown,
     /// The counters of a window contradict each other: events were missed.
     Inconsistent,
 }
@@ -122,6 +126,7 @@ impl fmt::Display for Doubt {
             Self::ReuseUntested => "no old block of about its size was seen freed, so it is not known how well reuse shows frees",
             Self::HugeBlocks => "its blocks are huge: their addresses may never be used again, whether freed or not",
             Self::Lumps => "blocks are allocated or freed many at a time, which makes windows differ",
+            Self::SlowedDown => "tracing slows the process down so much that its speed without is known badly",
             Self::Inconsistent => "events were missed in a window",
         })
     }
@@ -448,15 +453,26 @@ impl Estimate {
         {
             doubts.push(Doubt::FewBlocks);
         }
+        let share = blocks_per_s;
         let per_alloc = 1.0 / allocs_per_s.estimate.max(f64::MIN_POSITIVE);
+        // As wrong as the speed is, all rates are.
+        let Speed { ratio, error } = model.speed();
+        let [allocs_per_s, blocks_per_s] = [allocs_per_s, blocks_per_s].map(|rate| Interval {
+            low: rate.low / ratio * (1.0 - error).max(0.0),
+            estimate: rate.estimate / ratio,
+            high: rate.high / ratio * (1.0 + error),
+        });
+        if error >= SPEED_UNKNOWN {
+            doubts.push(Doubt::SlowedDown);
+        }
         Self {
             allocs_per_s,
             blocks_per_s,
             bytes_per_s: bytes_per_s(site, blocks_per_s, z),
             share: Interval {
-                low: (blocks_per_s.low * per_alloc).min(1.0),
-                estimate: (blocks_per_s.estimate * per_alloc).min(1.0),
-                high: (blocks_per_s.high * per_alloc).min(1.0),
+                low: (share.low * per_alloc).min(1.0),
+                estimate: (share.estimate * per_alloc).min(1.0),
+                high: (share.high * per_alloc).min(1.0),
             },
             outlived: all.outlived as u64,
             unresolved: all.unresolved as u64,

@@ -16,6 +16,6 @@ mod simulation;
 
 pub use cohorts::Survival;
 pub use estimate::{Doubt, Estimate, Interval};
-pub use model::{Model, Reading, Window};
+pub use model::{Model, Reading, Speed, Window};
 pub use replay::Replay;
 pub use schedule::Schedule;

@@ -30,6 +30,30 @@ pub struct Window {
     pub closed_ns: u64,
 }
 
+/// How fast a process goes while windows are open, over how fast it does on average when no probe stands: one that is
+/// busy makes fewer calls a second while each of them is paid for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Speed {
+    /// The ratio.
+    pub ratio: f64,
+    /// By how much that may be off, in proportion.
+    pub error: f64,
+}
+
+impl Speed {
+    /// Tracing does not slow it down.
+    pub const FULL: Self = Self {
+        ratio: 1.0,
+        error: 0.0,
+    };
+}
+
+impl Default for Speed {
+    fn default() -> Self {
+        Self::FULL
+    }
+}
+
 /// Counters of a site after a window closed. All but `births` only grow.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading<'a> {
@@ -176,6 +200,7 @@ pub struct Model {
     open_s: f64,
     longest_s: f64,
     intake_s: f64,
+    speed: Speed,
     first_closed_s: f64,
     now_s: f64,
 }
@@ -372,11 +397,21 @@ impl Model {
         self.intake_s
     }
 
-    /// Fraction of the time after the first window in which frees were seen.
+    /// What it does in windows, it does in this part of the time else.
+    pub(super) const fn speed(&self) -> Speed {
+        self.speed
+    }
+
+    /// Says how fast the process goes in windows, by all that is known now.
+    pub const fn set_speed(&mut self, speed: Speed) {
+        self.speed = speed;
+    }
+
+    /// Fraction of what the process did after the first window in which frees were seen.
     pub(super) fn duty(&self) -> f64 {
         let elapsed_s = self.now_s - self.first_closed_s;
         if elapsed_s > 0.0 {
-            (self.open_s / elapsed_s).clamp(1e-6, 1.0)
+            (self.open_s * self.speed.ratio / elapsed_s).clamp(1e-6, 1.0)
         } else {
             1.0
         }

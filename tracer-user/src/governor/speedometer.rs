@@ -1,0 +1,131 @@
+//! How fast a process goes while it is traced.
+
+use super::Reading;
+use crate::windows::Speed;
+
+/// The kernel tells user and kernel time apart by looking so often, in nanoseconds, and rounds to it.
+const LOOK_NS: f64 = 10e6;
+/// How well it is known what hits cost, in proportion.
+const COST_ERROR: f64 = 0.07;
+/// What interrupts are held back for while a hit is served shows as time outside of the kernel.
+const USER_TIME_ERROR: f64 = 0.25;
+
+/// A process's time in windows and between them.
+///
+/// A process that is busy makes fewer calls a second while each of them is paid for. Probes take time in the kernel:
+/// what it does outside of the kernel is its own, whatever hits cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Speedometer {
+    traced: Time,
+    untraced: Time,
+    cost_ns: f64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Time {
+    time_ns: f64,
+    cpu_ns: f64,
+    user_ns: f64,
+}
+
+impl Time {
+    fn add(&mut self, from: &Reading, to: &Reading) {
+        let since = |now: u64, before: u64| now.saturating_sub(before) as f64;
+        self.time_ns += since(to.at_ns, from.at_ns);
+        self.cpu_ns += since(to.cpu_ns, from.cpu_ns);
+        self.user_ns += since(to.user_ns, from.user_ns);
+    }
+}
+
+impl Speedometer {
+    /// No probe stood from one moment to the other.
+    pub fn untraced(&mut self, from: &Reading, to: &Reading) {
+        self.untraced.add(from, to);
+    }
+
+    /// A window was open, and hits took so much of the processor time.
+    pub fn traced(&mut self, from: &Reading, to: &Reading, cost_ns: f64) {
+        self.traced.add(from, to);
+        self.cost_ns += cost_ns;
+    }
+
+    /// How fast it goes in windows, over how fast it does between them: by its time outside of the kernel or by
+    /// what hits cost, whichever is better known.
+    #[must_use]
+    pub fn speed(&self) -> Speed {
+        let Self {
+            traced,
+            untraced,
+            cost_ns,
+        } = self;
+        let rate = |of_ns: f64, time: &Time| of_ns / time.time_ns.max(1.0);
+        let ratio = |now: f64, else_: f64| match else_ > 0.0 {
+            true => (now / else_).clamp(0.01, 100.0),
+            false => 1.0,
+        };
+        let own_ns = (traced.cpu_ns - cost_ns).max(traced.cpu_ns / 20.0);
+        let by_cost = Speed {
+            ratio: ratio(rate(own_ns, traced), rate(untraced.cpu_ns, untraced)),
+            error: (COST_ERROR * cost_ns / own_ns.max(1.0)).min(1.0),
+        };
+        let looks = traced.user_ns.min(untraced.user_ns) / LOOK_NS;
+        let by_user_time = Speed {
+            ratio: ratio(
+                rate(traced.user_ns, traced),
+                rate(untraced.user_ns, untraced),
+            ),
+            // Twice the deviation of a count.
+            error: (2.0 / looks.max(1.0).sqrt() + USER_TIME_ERROR).min(1.0),
+        };
+        match by_user_time.error < by_cost.error {
+            true => by_user_time,
+            false => by_cost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reading(at_ms: u64, cpu_ms: u64, user_ms: u64) -> Reading {
+        const MS: u64 = 1_000_000;
+        Reading {
+            at_ns: at_ms * MS,
+            cpu_ns: cpu_ms * MS,
+            user_ns: user_ms * MS,
+            ..Reading::default()
+        }
+    }
+
+    #[test]
+    fn time_outside_of_the_kernel_is_the_processs_own() {
+        let mut meter = Speedometer::default();
+        meter.untraced(&reading(0, 0, 0), &reading(10_000, 10_000, 8_000));
+        // What hits cost is wrong, and does not matter.
+        meter.traced(
+            &reading(10_000, 10_000, 8_000),
+            &reading(14_000, 14_000, 8_800),
+            3.9e9,
+        );
+        let speed = meter.speed();
+        assert!((speed.ratio - 0.25).abs() < 1e-9, "{speed:?}");
+        assert!((0.4..0.5).contains(&speed.error), "{speed:?}");
+    }
+
+    #[test]
+    fn where_hits_cost_little_that_is_better_known() {
+        let mut meter = Speedometer::default();
+        meter.untraced(&reading(0, 0, 0), &reading(10_000, 5_000, 4_000));
+        meter.traced(
+            &reading(10_000, 5_000, 4_000),
+            &reading(10_200, 5_110, 4_030),
+            0.01e9,
+        );
+        let speed = meter.speed();
+        assert!((speed.ratio - 1.0).abs() < 1e-9, "{speed:?}");
+        assert!(speed.error < 0.03, "{speed:?}");
+        // Nothing is known yet.
+        assert!((Speedometer::default().speed().ratio - 1.0).abs() < 1e-9);
+    }
+}
