@@ -105,7 +105,7 @@ pub fn forecast(
     let ((begin, cpu_before, allocs_before, frees_before), (end, cpu, allocs, frees)) = counted?;
     let counted_s = (end - begin).as_secs_f64();
     let [allocs, frees] = [allocs - allocs_before, frees - frees_before].map(|count| count as f64);
-    let costs = Costs::new(cost);
+    let costs = Costs::new(cost, tracer.attacher().has_sessions());
     let cpu_s = (cpu - cpu_before).as_secs_f64();
     let own_s = costs.own_s(cpu_s, allocs + frees);
     let load = Load::new(allocs / own_s, frees / own_s);
@@ -117,7 +117,7 @@ pub fn forecast(
         frees_per_s: frees / counted_s,
         processors: own_s / counted_s,
         exact_percent: costs.exact(load) * 100.0,
-        sampled_percent: costs.sampled(load, abilities.sessions) * 100.0,
+        sampled_percent: costs.sampled(load) * 100.0,
         gear: gear.name(),
         recorded_percent: match gear {
             Gear::Exact | Gear::Sampled => 100.0,

@@ -113,17 +113,21 @@ pub struct Costs {
     /// Of a program that records what it sees, and of one that seldom does.
     program_ns: f64,
     sampling_ns: f64,
+    /// Whether calls that are not sampled have no return probe; else they have, and nobody counts it.
+    skips_returns: bool,
 }
 
 impl Costs {
-    /// From what probes cost on this host.
+    /// From what probes cost on this host, and whether calls that are not sampled have no return probe
+    /// (sessions).
     #[must_use]
-    pub fn new(probe: &ProbeCost) -> Self {
+    pub fn new(probe: &ProbeCost, skips_returns: bool) -> Self {
         Self {
             entry_ns: f64::from(probe.emulated_ns),
             return_ns: f64::from(probe.return_ns),
             program_ns: PROGRAM_NS,
             sampling_ns: PROGRAM_NS * NOT_SAMPLED,
+            skips_returns,
         }
     }
 
@@ -163,8 +167,12 @@ impl Costs {
             Gear::Sampled => self.sampling_ns,
             _ => self.program_ns,
         };
-        self.of_probes(span.entries, span.returns)
-            + (span.entries + span.returns) * program_ns * DISTURBANCE
+        let returns = match self.skips_returns {
+            true => span.returns,
+            // About every second call allocates.
+            false => span.returns.max(span.entries / 2.0),
+        };
+        self.of_probes(span.entries, returns) + (span.entries + returns) * program_ns * DISTURBANCE
     }
 
     /// What hits cost whose programs do nothing.
@@ -181,8 +189,8 @@ impl Costs {
 
     /// The same of sampling.
     #[must_use]
-    pub fn sampled(&self, load: Load, sessions: bool) -> f64 {
-        let returns = if sessions {
+    pub fn sampled(&self, load: Load) -> f64 {
+        let returns = if self.skips_returns {
             load.returns / SAMPLED_ONE_IN
         } else {
             load.returns

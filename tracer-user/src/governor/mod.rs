@@ -88,8 +88,6 @@ pub const DEFAULT_BUDGET: f64 = 0.05;
 pub struct Abilities {
     /// Probes can be taken away and put back within a tenth of a second.
     pub windows: bool,
-    /// Calls that are not sampled have no return probe.
-    pub sessions: bool,
 }
 
 impl Abilities {
@@ -98,7 +96,6 @@ impl Abilities {
     pub const fn of(attacher: &Attacher) -> Self {
         Self {
             windows: attacher.detaches_at_once(),
-            sessions: attacher.has_sessions(),
         }
     }
 }
@@ -212,7 +209,7 @@ impl Governor {
     fn overhead_in(&self, gear: Gear, load: Load) -> f64 {
         match gear {
             Gear::Exact => self.costs.exact(load),
-            Gear::Sampled => self.costs.sampled(load, self.abilities.sessions),
+            Gear::Sampled => self.costs.sampled(load),
             Gear::Windows | Gear::Paused => 0.0,
         }
     }

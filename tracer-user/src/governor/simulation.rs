@@ -31,7 +31,7 @@ struct Target {
 impl Target {
     fn new(budget: f64, can: Abilities, busy: f64, pairs: impl Fn(f64) -> f64 + 'static) -> Self {
         Self {
-            governor: Governor::new(budget, Costs::new(&PROBE), can, Gear::Exact),
+            governor: Governor::new(budget, Costs::new(&PROBE, true), can, Gear::Exact),
             pairs: Box::new(pairs),
             busy,
             at_s: 0.0,
@@ -53,7 +53,7 @@ impl Target {
             let load = Load::new(pairs, pairs);
             let overhead = match (probed, self.governor.gear()) {
                 (false, _) => 0.0,
-                (true, Gear::Sampled) => self.governor.costs.sampled(load, true),
+                (true, Gear::Sampled) => self.governor.costs.sampled(load),
                 (true, _) => self.governor.costs.exact(load),
             };
             // It has a processor to itself, and what is left to do is done later if it can be.
@@ -81,6 +81,7 @@ impl Target {
             cpu_ns: (cpu_s * 1e9) as u64,
             entries: entries as u64,
             returns: returns as u64,
+            ..Reading::default()
         }
     }
 
@@ -157,10 +158,7 @@ impl Target {
     }
 }
 
-const ALL: Abilities = Abilities {
-    windows: true,
-    sessions: true,
-};
+const ALL: Abilities = Abilities { windows: true };
 
 #[test]
 fn what_costs_little_is_recorded_exactly() {
@@ -266,10 +264,7 @@ fn what_becomes_cheap_is_recorded_exactly_again() {
 
 #[test]
 fn without_windows_there_is_a_pause() {
-    let none = Abilities {
-        windows: false,
-        sessions: false,
-    };
+    let none = Abilities { windows: false };
     let mut target = Target::new(0.05, none, 1.0, |_| 1e6);
     target.until(600.0);
     assert_eq!(target.changes[0].1, Gear::Paused);
@@ -289,12 +284,12 @@ fn a_share_is_said_as_a_percentage() {
 
 #[test]
 fn the_user_s_rate_is_as_exact_as_it_gets() {
-    let mut governor = Governor::new(0.05, Costs::new(&PROBE), ALL, Gear::Sampled);
+    let mut governor = Governor::new(0.05, Costs::new(&PROBE, true), ALL, Gear::Sampled);
     let reading = |at_ms: u64| Reading {
         at_ns: at_ms * 1_000_000,
         cpu_ns: at_ms * 1_000_000,
         entries: at_ms,
-        returns: 0,
+        ..Reading::default()
     };
     for tick in 0..200 {
         assert_eq!(governor.tick(reading(250 * tick)), None);

@@ -194,7 +194,12 @@ impl Session {
             .filter(|_| abilities.windows);
         self.pace = Some(Pace {
             calibrator,
-            governor: Governor::new(budget, Costs::new(cost), abilities, best),
+            governor: Governor::new(
+                budget,
+                Costs::new(cost, self.tracer.attacher().has_sessions()),
+                abilities,
+                best,
+            ),
             phase: Phase::Tracing,
             due: Instant::now(),
             meters: Meters::default(),

@@ -4,13 +4,26 @@ use std::io::{self, Write};
 
 use super::{
     super::{
-        FamilyReport, ProcessReport, Report,
+        FamilyReport, ProcessReport, Report, SiteReport,
         stack::callers,
         units::{bytes, count, counted, duration},
     },
     subjects, write_overview,
 };
 use crate::terminal::harmless;
+
+/// What certainly leaks, as a clause.
+fn leak(site: &SiteReport) -> String {
+    match &site.leak_rate {
+        Some(rate) if rate.is_certain() => {
+            format!(
+                ", leaks {}/s",
+                bytes(rate.bytes_per_s.estimate.round() as u64)
+            )
+        }
+        _ => String::new(),
+    }
+}
 
 /// One line a site of what the user had counted beside the heap.
 fn write_interim_family(
@@ -61,12 +74,19 @@ pub(in crate::report) fn write_interim(
         let totals = &process.totals;
         writeln!(
             to,
-            "PID {} {}: after {}, {} in {} not freed",
+            "PID {} {}: after {}, {} in {} not freed{}",
             process.pid,
             harmless(&process.comm),
             duration(process.duration_s),
             bytes(totals.live_bytes),
             counted(totals.live_blocks, "block"),
+            match report.windows {
+                Some(windows) => format!(
+                    " or not seen to be, of what {} saw",
+                    counted(u64::from(windows.count), "window")
+                ),
+                None => String::new(),
+            }
         )?;
         if let Some(older_ms) = report.filters.older_ms {
             let of_heap = process.sites.iter().filter(|site| site.family.is_none());
@@ -82,11 +102,12 @@ pub(in crate::report) fn write_interim(
         {
             writeln!(
                 to,
-                "{:>12} {:>9} of {:>9} blocks  {}",
+                "{:>12} {:>9} of {:>9} blocks  {}{}",
                 bytes(site.live_bytes),
                 count(site.live_blocks),
                 count(site.allocs),
-                callers(&site.stack)
+                callers(&site.stack),
+                leak(site)
             )?;
         }
         for family in process.families.iter().filter(|f| f.totals.allocs > 0) {
