@@ -19,7 +19,7 @@ use crate::{
     },
     calibrate::ProbeCost,
     discover::{allocators::Call, module::Module},
-    governor::{self, Abilities, Costs, DEFAULT_BUDGET, Gear, Load},
+    governor::{self, Abilities, Budget, Costs, Gear, Load},
 };
 
 /// For how long calls are counted.
@@ -110,7 +110,7 @@ pub fn forecast(
     let own_s = costs.own_s(cpu_s, allocs + frees);
     let load = Load::new(allocs / own_s, frees / own_s);
     let (gear, recorded) =
-        governor::foresee(DEFAULT_BUDGET, costs, abilities, load, cpu_s / counted_s);
+        governor::foresee(Budget::DEFAULT, costs, abilities, load, cpu_s / counted_s);
     Ok(Some(Forecast {
         counted_s,
         allocs_per_s: allocs / counted_s,
@@ -124,6 +124,6 @@ pub fn forecast(
             Gear::Windows => recorded * 100.0,
             Gear::Paused => 0.0,
         },
-        budget_percent: DEFAULT_BUDGET * 100.0,
+        budget_percent: Budget::DEFAULT.share * 100.0,
     }))
 }

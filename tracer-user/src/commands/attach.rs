@@ -20,7 +20,7 @@ use crate::{
         process::Process,
         selection::{Gap, Selection, Wishes},
     },
-    governor::DEFAULT_BUDGET,
+    governor::Budget,
     host::Host,
     preflight,
     report::{
@@ -219,12 +219,12 @@ pub(super) async fn trace(
 }
 
 /// What tracing may take of the processor time that the processes take themselves, unless it is all the same.
-fn budget(options: &TraceOptions) -> Option<f64> {
+fn budget(options: &TraceOptions) -> Option<Budget> {
     if options.exact || options.measure.is_some() {
         return None;
     }
-    let budget = options.max_overhead.unwrap_or(DEFAULT_BUDGET);
-    budget.is_finite().then_some(budget)
+    let budget = options.max_overhead.map_or(Budget::DEFAULT, Budget::of);
+    budget.share.is_finite().then_some(budget)
 }
 
 /// The instances that are traced, and their PIDs.

@@ -33,7 +33,7 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     if args.report.format == Format::Text {
         say(format_args!(
             "A small server was started as PID {pid}. It answers some 2,000 requests a second and \
-             forgets one session in ten.\nThis is what `unfreed attach {pid} --duration {}` makes \
+             forgets one session in ten.\nThis is what `unfreed attach {pid} --exact --duration {}` makes \
              of it:\n",
             args.duration.as_secs_f64()
         ));
@@ -43,7 +43,10 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
         count: None,
         duration: Some(args.duration),
         report: &args.report,
-        trace: &TraceOptions::default(),
+        trace: &TraceOptions {
+            exact: true,
+            ..TraceOptions::default()
+        },
         waits: false,
     };
     let selection = Selection::of_pids(&[pid]);

@@ -31,6 +31,7 @@ use crate::{
     args::Run,
     calibrate,
     discover::{process::Process, selection::Selection},
+    governor::Budget,
     preflight, report,
     session::{Depth, Session},
     signals::{Received, Signals},
@@ -85,7 +86,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         Some(budget) if budget.is_finite() => {
             let cost = calibrate::measure(session.tracer())?;
             session.set_trap_ns(cost.emulated_ns);
-            Some((budget, cost))
+            Some((Budget::of(budget), cost))
         }
         _ => None,
     };

@@ -50,6 +50,10 @@ impl Account {
         (self.open_spent_ns, self.open_own_ns) = (0.0, 0.0);
     }
 
+    pub(super) const fn spent_s(&self) -> f64 {
+        self.spent_ns / 1e9
+    }
+
     pub(super) fn overhead(&self) -> f64 {
         self.spent_ns / self.own_ns.max(1.0)
     }

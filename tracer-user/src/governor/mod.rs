@@ -32,9 +32,6 @@ const RETURN_SHARE: f64 = 0.5;
 /// For so long, and twice as long after every return that did not last.
 const CALM: Duration = Duration::from_secs(10);
 const MOST_CALM: Duration = Duration::from_secs(600);
-/// What tracing may take in any case, in processor time a second: a process that does next to nothing has next
-/// to no budget, and nobody feels it.
-const NEGLIGIBLE: f64 = 0.001;
 /// Windows are no longer than this.
 const WINDOW: Duration = Duration::from_millis(200);
 /// And shorter if they would be further apart than this.
@@ -79,9 +76,33 @@ pub struct Change {
     pub reason: String,
 }
 
-/// What tracing running processes may take of the processor time that they take themselves, unless the user says
-/// otherwise: little enough for a service not to feel it, and enough to find a leak in minutes.
-pub const DEFAULT_BUDGET: f64 = 0.05;
+/// What tracing may take.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Of the processor time that the targets take themselves, from 0 to 1.
+    pub share: f64,
+    /// In any case, in processor time a second: a process that does next to nothing has next to no budget, and
+    /// nobody feels it.
+    pub spare: f64,
+}
+
+impl Budget {
+    /// For running processes, unless the user says otherwise: little enough for a service not to feel it, and
+    /// enough to find a leak in minutes.
+    pub const DEFAULT: Self = Self {
+        share: 0.05,
+        spare: 0.01,
+    };
+
+    /// What the user says.
+    #[must_use]
+    pub const fn of(share: f64) -> Self {
+        Self {
+            share,
+            spare: 0.001,
+        }
+    }
+}
 
 /// What can be done here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,7 +125,7 @@ impl Abilities {
 /// time that windows would be open.
 #[must_use]
 pub fn foresee(
-    budget: f64,
+    budget: Budget,
     costs: Costs,
     abilities: Abilities,
     load: Load,
@@ -134,8 +155,7 @@ impl fmt::Display for Percent {
 /// Keeps the overhead within a budget.
 #[derive(Debug)]
 pub struct Governor {
-    /// Of the target's own processor time.
-    budget: f64,
+    budget: Budget,
     costs: Costs,
     abilities: Abilities,
     /// The most exact gear that is wanted.
@@ -159,10 +179,9 @@ pub struct Governor {
 }
 
 impl Governor {
-    /// Of a budget that is a share of the target's processor time, from 0 to 1. It begins in the gear `best`, and
-    /// takes no more exact one.
+    /// It begins in the gear `best`, and takes no more exact one.
     #[must_use]
-    pub fn new(budget: f64, costs: Costs, abilities: Abilities, best: Gear) -> Self {
+    pub fn new(budget: Budget, costs: Costs, abilities: Abilities, best: Gear) -> Self {
         Self {
             budget,
             costs,
@@ -182,9 +201,9 @@ impl Governor {
         }
     }
 
-    /// The budget, as a share.
+    /// The budget.
     #[must_use]
-    pub const fn budget(&self) -> f64 {
+    pub const fn budget(&self) -> Budget {
         self.budget
     }
 
@@ -205,6 +224,12 @@ impl Governor {
         self.account.overhead()
     }
 
+    /// Processor time that tracing took so far, in seconds.
+    #[must_use]
+    pub const fn spent_s(&self) -> f64 {
+        self.account.spent_s()
+    }
+
     /// What a gear would take, as a share, of a load.
     fn overhead_in(&self, gear: Gear, load: Load) -> f64 {
         match gear {
@@ -216,7 +241,8 @@ impl Governor {
 
     /// The share that tracing may take of a target that takes that much processor time.
     fn allowed(&self, cores: f64) -> f64 {
-        self.budget.max(NEGLIGIBLE / cores.max(1e-9))
+        let Budget { share, spare } = self.budget;
+        share.max(spare / cores.max(1e-9))
     }
 
     /// What was counted up to now, in a gear that traces all the time. Gives the gear to be taken.

@@ -31,7 +31,12 @@ struct Target {
 impl Target {
     fn new(budget: f64, can: Abilities, busy: f64, pairs: impl Fn(f64) -> f64 + 'static) -> Self {
         Self {
-            governor: Governor::new(budget, Costs::new(&PROBE, true), can, Gear::Exact),
+            governor: Governor::new(
+                Budget::of(budget),
+                Costs::new(&PROBE, true),
+                can,
+                Gear::Exact,
+            ),
             pairs: Box::new(pairs),
             busy,
             at_s: 0.0,
@@ -284,7 +289,12 @@ fn a_share_is_said_as_a_percentage() {
 
 #[test]
 fn the_user_s_rate_is_as_exact_as_it_gets() {
-    let mut governor = Governor::new(0.05, Costs::new(&PROBE, true), ALL, Gear::Sampled);
+    let mut governor = Governor::new(
+        Budget::DEFAULT,
+        Costs::new(&PROBE, true),
+        ALL,
+        Gear::Sampled,
+    );
     let reading = |at_ms: u64| Reading {
         at_ns: at_ms * 1_000_000,
         cpu_ns: at_ms * 1_000_000,

@@ -19,7 +19,8 @@ use crate::{
     },
     calibrate::{Calibrator, ProbeCost},
     governor::{
-        self, Abilities, Change, Costs, FIRST_TICK, Gear, Governor, Reading, Speedometer, TICK,
+        self, Abilities, Budget, Change, Costs, FIRST_TICK, Gear, Governor, Reading, Speedometer,
+        TICK,
     },
     target::Target,
     windows::{Estimate, Model, Reading as SiteReading, Window},
@@ -143,6 +144,10 @@ pub struct BudgetReport {
     pub max_percent: f64,
     /// What it took, by what probe hits cost.
     pub percent: f64,
+    /// The same in processor time a second.
+    pub processors: f64,
+    /// What it may take in any case, likewise.
+    pub spare_processors: f64,
     /// Changes of gear, in their order; the first gear is `exact`, or `sampled` if that was wanted.
     pub changes: Vec<GearChange>,
 }
@@ -183,8 +188,8 @@ pub struct WindowsReport {
 }
 
 impl Session {
-    /// Has tracing keep a budget, a share of the targets' own processor time from 0 to 1, from now on.
-    pub fn keep_budget(&mut self, budget: f64, cost: &ProbeCost) {
+    /// Has tracing keep a budget from now on.
+    pub fn keep_budget(&mut self, budget: Budget, cost: &ProbeCost) {
         let abilities = Abilities::of(self.tracer.attacher());
         let sample_bytes = self.filters.sample_bytes;
         let best = sample_bytes.map_or(Gear::Exact, |_| Gear::Sampled);
@@ -272,10 +277,18 @@ impl Session {
     pub(super) fn budget_report(&self) -> Option<BudgetReport> {
         let pace = self.pace.as_ref()?;
         Some(BudgetReport {
-            max_percent: pace.governor.budget() * 100.0,
+            max_percent: pace.governor.budget().share * 100.0,
             percent: pace.governor.overhead() * 100.0,
+            processors: pace.governor.spent_s() / self.recorded_s().max(1e-9),
+            spare_processors: pace.governor.budget().spare,
             changes: pace.changes.clone(),
         })
+    }
+
+    /// How long the session has gone on, or went, in seconds.
+    fn recorded_s(&self) -> f64 {
+        let until_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
+        until_ns.saturating_sub(self.started_ns) as f64 / 1e9
     }
 
     /// When calls were recorded, if that was not all the time.

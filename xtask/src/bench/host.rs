@@ -162,7 +162,7 @@ impl Begun {
         let report = directory.join("host.json");
         let start = Instant::now();
         let mut child = unfreed()?
-            .args(["attach", selection, "--format", "json", "-o"])
+            .args(["attach", selection, "--exact", "--format", "json", "-o"])
             .arg(&report)
             .arg("--duration")
             .arg(duration.as_secs().to_string())

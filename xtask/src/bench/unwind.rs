@@ -90,7 +90,7 @@ fn measure(pairs: &mut Pairs, way: Way) -> Result<f64> {
     const LINES: usize = 30;
     let mut tracer = unfreed()?
         .args(["attach", &pairs.pid().to_string(), "--format", "json"])
-        .args(["--measure", way.option()])
+        .args(["--exact", "--measure", way.option()])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -91,9 +91,9 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     };
     writeln!(
         to,
-        "Tracing took about {:.1} % of the processor time that the target took itself, of {} % that it may \
-         (--max-overhead).",
-        budget.percent, budget.max_percent
+        "Tracing took about {:.1} % of the processor time that the target took itself, {:.3} processors \
+         (--max-overhead: {} %,\nor {} processors).",
+        budget.percent, budget.processors, budget.max_percent, budget.spare_processors
     )?;
     /// Changes that are told one by one.
     const MOST: usize = 10;
