@@ -1,7 +1,7 @@
 //! The live blocks: an array of buckets, and a hash map for what finds no room in them. See
 //! [`tracer_common::ledger`].
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_EXIST, BPF_NOEXIST};
 use tracer_common::{
     ledger::{BUCKET_BLOCKS, Block, BlockKey, Bucket, Entry, FREE, TAKEN, bucket_of},
     missed::Missed,
@@ -138,30 +138,28 @@ fn take_moved(bucket: *mut Bucket, key: &BlockKey, block: &mut Block) -> u64 {
 }
 
 /// What became of a block that was put in.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Inserted {
-    /// It is there.
-    New,
-    /// It is there in place of another one.
-    Replaced,
-    /// There is no room, which is counted.
-    Not,
+#[derive(Clone, Copy)]
+pub(crate) struct Inserted {
+    /// It is there. Else there is no room, which is counted.
+    pub(crate) is_there: bool,
+    /// Another one was there before.
+    pub(crate) has_replaced: bool,
 }
 
 /// Puts a block in. If there was one already, that is in `before` then.
 #[inline(always)]
 pub(crate) fn insert(key: &BlockKey, block: &Block, before: &mut Block) -> Inserted {
     let Some(bucket) = bucket(key) else {
-        return Inserted::Not;
+        return Inserted {
+            is_there: false,
+            has_replaced: false,
+        };
     };
     // SAFETY: a live map element, see `take_from`.
     unsafe {
         let (found, free) = places(bucket, key);
         // The lie detector: nobody else owns the address, so what is there was freed.
-        let inserted = match take_from(bucket, found, key, before) {
-            true => Inserted::Replaced,
-            false => Inserted::New,
-        };
+        let has_replaced = take_from(bucket, found, key, before);
         let mut place = if found < NONE { found } else { free };
         let is_ours = match at(bucket, place) {
             Some((address, _)) => compare_swap_u64(address, FREE, TAKEN) == FREE,
@@ -170,45 +168,81 @@ pub(crate) fn insert(key: &BlockKey, block: &Block, before: &mut Block) -> Inser
         if !is_ours {
             place = move_oldest(bucket);
         }
-        match at(bucket, unseen(place)) {
+        let is_there = match at(bucket, unseen(place)) {
             Some((address, entry)) => {
                 (&raw mut (*entry).scope).write_volatile(key.scope);
                 (&raw mut (*entry).block).write_volatile(*block);
                 // Last: who reads it reads the rest after.
                 address.write_volatile(key.address);
-                inserted
+                true
             }
-            None if add_moved(bucket, key, block) != 0 => inserted,
-            None => Inserted::Not,
+            None => put_moved(bucket, key, block) != 0,
+        };
+        Inserted {
+            is_there,
+            has_replaced,
         }
     }
 }
 
-/// Puts a block into the map. 0 if there is no room, which is counted.
+/// What [`add_moved`] says: the block is in the map.
+const ADDED: u64 = 0;
+/// One of that key was there already, and still is.
+const EXISTS: u64 = 1;
+/// There is no room.
+const FULL: u64 = 2;
+/// Something else, which is counted.
+const FAILED: u64 = 3;
+
+/// Adds a block to the map, if it has none of that key.
 #[inline(never)]
 fn add_moved(bucket: *mut Bucket, key: &BlockKey, block: &Block) -> u64 {
     // First, so that who looks for it in the bucket and does not find it looks in the map too.
     // SAFETY: an aligned field of a live map element.
     unsafe { add_u64(&raw mut (*bucket).moved, 1) };
     let Err(error) = OLD_BLOCKS.insert(key, block, u64::from(BPF_NOEXIST)) else {
-        return 1;
+        return ADDED;
     };
     // SAFETY: as above.
     unsafe { add_u64(&raw mut (*bucket).moved, u64::MAX) };
     match error {
-        // Another processor has just moved it.
-        EEXIST => return 1,
-        E2BIG | ENOMEM => missed::count(Missed::LedgerFull),
-        _ => missed::count(Missed::MapErrors),
+        EEXIST => EXISTS,
+        E2BIG | ENOMEM => FULL,
+        _ => {
+            missed::count(Missed::MapErrors);
+            FAILED
+        }
     }
-    0
+}
+
+/// Puts a block into the map that is nowhere else. 0 if it found no place, which is counted.
+#[inline(never)]
+fn put_moved(bucket: *mut Bucket, key: &BlockKey, block: &Block) -> u64 {
+    match add_moved(bucket, key, block) {
+        ADDED => 1,
+        // What another processor is just moving and was freed meanwhile: see `move_oldest`.
+        EXISTS => match OLD_BLOCKS.insert(key, block, u64::from(BPF_EXIST)) {
+            Ok(()) => 1,
+            Err(_) => {
+                missed::count(Missed::MapErrors);
+                0
+            }
+        },
+        FULL => {
+            missed::count(Missed::LedgerFull);
+            0
+        }
+        _ => 0,
+    }
 }
 
 /// Makes room in a bucket that has none: gives a place that is [`TAKEN`] for the caller, [`NONE`] if there is no
-/// room in the map either.
+/// room in the map either, or another processor is moving the same block.
 ///
-/// Should the block that is moved be freed at this moment, and its address be handed out again before the
-/// next few instructions are done, its free would count as missed.
+/// The block is in both for a moment, so that a free finds it at any time: only the one in the bucket, as it
+/// looks there first. Should the address be handed out again before the copy in the map is taken away, the copy
+/// looks like a block whose free was not seen: that is counted, and the block as freed once too often. The
+/// new one is in the books in any case.
 #[inline(never)]
 fn move_oldest(bucket: *mut Bucket) -> u64 {
     let (mut oldest, mut oldest_ns) = (0, u64::MAX);
@@ -229,22 +263,55 @@ fn move_oldest(bucket: *mut Bucket) -> u64 {
             address: address.read_volatile(),
             scope: (&raw const (*entry).scope).read_volatile(),
         };
-        let block = (&raw const (*entry).block).read_volatile();
+        let mut block = (&raw const (*entry).block).read_volatile();
         if key.address == FREE || key.address == TAKEN {
             // Just freed, or just being changed.
             let is_ours = compare_swap_u64(address, FREE, TAKEN) == FREE;
             return if is_ours { oldest } else { NONE };
         }
-        // In both places for a moment, so that a free finds it at any time.
-        if add_moved(bucket, &key, &block) == 0 {
+        // Who added it, and nobody else, may take it out of the bucket, or out of the map again.
+        if add_moved(bucket, &key, &block) != ADDED {
             return NONE;
         }
-        if compare_swap_u64(address, key.address, TAKEN) == key.address {
+        let is_ours = compare_swap_u64(address, key.address, TAKEN) == key.address;
+        if is_ours && is_copy(entry, &key, &block) {
             return oldest;
         }
-        // Freed meanwhile.
-        let mut freed = NO_BLOCK;
-        take_moved(bucket, &key, &mut freed);
+        // It was freed meanwhile, and perhaps another one came to the same place with the same address.
+        let birth_ns = block.birth_ns;
+        if take_moved(bucket, &key, &mut block) != 0 && block.birth_ns != birth_ns {
+            // No copy any more, but a block that has come to the map since, with the same address.
+            let added = add_moved(bucket, &key, &block);
+            if added == EXISTS || added == FULL {
+                missed::count(Missed::MapErrors);
+            }
+        }
+        if is_ours {
+            // The other one stays where it is.
+            address.write_volatile(key.address);
+        }
     }
     NONE
+}
+
+/// Whether an entry is what was copied from it.
+///
+/// # Safety
+///
+/// `entry` is within a live map element.
+#[inline(always)]
+unsafe fn is_copy(entry: *const Entry, key: &BlockKey, block: &Block) -> bool {
+    // SAFETY: as the caller promises.
+    let (scope, now) = unsafe {
+        (
+            (&raw const (*entry).scope).read_volatile(),
+            (&raw const (*entry).block).read_volatile(),
+        )
+    };
+    // Without branches, of which the verifier would follow each.
+    (scope ^ key.scope)
+        | (now.birth_ns ^ block.birth_ns)
+        | (now.size_bytes ^ block.size_bytes)
+        | u64::from(now.site ^ block.site)
+        == 0
 }

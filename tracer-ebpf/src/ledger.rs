@@ -22,7 +22,7 @@ use tracer_common::{
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    blocks::{self, Inserted, NO_BLOCK},
+    blocks::{self, NO_BLOCK},
     maps::{EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES, config},
     missed, recording,
     stack::{self, Stack},
@@ -46,10 +46,26 @@ pub(crate) fn take(scope: Scope, address: u64, block: &mut Block) -> bool {
 }
 
 /// Puts a block back that [`take`] gave.
-#[inline(always)]
-pub(crate) fn put_back(scope: Scope, address: u64, block: &Block) {
+///
+/// If there is another one by now, its address was handed out meanwhile: then the older of them was freed by
+/// what nobody saw to its end.
+#[inline(never)]
+pub(crate) fn put_back(state: &Instance, scope: Scope, address: u64, block: &Block) {
+    let key = BlockKey { address, scope };
+    let mut newer = *block;
+    let mut other = NO_BLOCK;
+    if blocks::take(&key, &mut other) {
+        if other.birth_ns > newer.birth_ns {
+            (newer, other) = (other, newer);
+        }
+        if let Some(recording) = recording::current()
+            && let Some(site) = SITES.get_ptr_mut(newer.site)
+        {
+            replace(state, recording, site, newer.site, &other);
+        }
+    }
     // If there is no room, that is counted.
-    blocks::insert(&BlockKey { address, scope }, block, &mut { NO_BLOCK });
+    blocks::insert(&key, &newer, &mut other);
 }
 
 /// Books the end of a block that [`take`] gave.
@@ -196,10 +212,12 @@ pub(crate) fn record(
     };
     let key = BlockKey { address, scope };
     let mut before = NO_BLOCK;
-    match blocks::insert(&key, &block, &mut before) {
-        Inserted::New => {}
-        Inserted::Replaced => replace(state, recording, site, site_id, &before),
-        Inserted::Not => return,
+    let inserted = blocks::insert(&key, &block, &mut before);
+    if inserted.has_replaced {
+        replace(state, recording, site, site_id, &before);
+    }
+    if !inserted.is_there {
+        return;
     }
     // SAFETY: field addresses of a live map element.
     unsafe {

@@ -81,8 +81,12 @@ impl Pending {
     /// freed.
     #[inline(always)]
     pub(crate) fn abandon(&mut self) {
-        if self.old_taken != 0 && self.state().is_some() {
-            ledger::put_back(self.scope(), self.old_address, &self.old);
+        if self.old_taken != 0
+            && let Some(state) = self.state()
+        {
+            // SAFETY: a live map element.
+            let state = unsafe { &*state };
+            ledger::put_back(state, self.scope(), self.old_address, &self.old);
         }
         self.return_slot = 0;
     }

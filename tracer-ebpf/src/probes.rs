@@ -230,7 +230,7 @@ fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
     if address == 0 && (old_address == 0 || pending.size_bytes != 0 || !is_sized) {
         // Failed: what was given up is still the caller's.
         if pending.old_taken != 0 {
-            ledger::put_back(scope, old_address, &pending.old);
+            ledger::put_back(state, scope, old_address, &pending.old);
         }
         return None;
     }
