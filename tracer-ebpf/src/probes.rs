@@ -356,9 +356,11 @@ pub(crate) fn jump_enter(_ctx: ProbeContext) -> u32 {
 #[inline(always)]
 fn untracked_free(state: &Instance) {
     let counter = (&raw const state.untracked_frees).cast_mut();
-    // Where blocks stand for others, it may be of one of these.
-    if state.was_sampled == 0 {
-        // SAFETY: an aligned field of a live map element.
-        unsafe { add_u64(counter, 1) };
+    // SAFETY: aligned fields of a live map element.
+    unsafe {
+        // Where blocks stand for others, it may be of one of these.
+        if state.was_sampled == 0 && (&raw const state.sampled_out).read_volatile() == 0 {
+            add_u64(counter, 1);
+        }
     }
 }
