@@ -157,7 +157,8 @@ impl Stack {
     }
 
     /// Has the walk [recalled](Self::recall) the next time. To be called only if nothing about it is
-    /// left to be told.
+    /// left to be told. Not if it ended because memory could not be read: that may be there the next time,
+    /// with the same words before it.
     #[inline(always)]
     pub(crate) fn remember(&self, scope: Scope, state: &Instance, site: u32) {
         // SAFETY: claimed by this walk, and a live map element.
@@ -165,6 +166,7 @@ impl Stack {
             if self.has_trail
                 && (*self.scratch).walk.unknown_code == 0
                 && (*self.scratch).event.end != StackEnd::Changing as u32
+                && (*self.scratch).event.end != StackEnd::Unreadable as u32
             {
                 (*self.trail).end(&self.start, scope, state, site);
             }
