@@ -47,9 +47,9 @@ missed_events! {
     /// A step of a call that maps memory found no room in the ring buffer.
     RangesDropped = "ranges_dropped":
         "mappings that were made or taken back could not be handed over: figures of mappings are off",
-    /// No room for a thread's pending call.
+    /// All elements that a thread may have are other threads'.
     PendingFull = "pending_full":
-        "allocations were not recorded because too many threads were inside an allocator",
+        "allocations and frees went unseen because there was no room for what is kept of their threads: figures are off by them",
     /// A call never returned: longjmp, exception, or a thread that ended inside.
     AbandonedCalls = "abandoned_calls":
         "allocator calls never returned (longjmp, exception, ended thread); what they had allocated is not recorded",

@@ -1,7 +1,7 @@
 //! What is kept of every thread between its allocator calls.
 //!
-//! In an array, of which a look-up is a few instructions: a thread has one of a few elements, by the lower
-//! bits of its number.
+//! In an array, of which a look-up is a few instructions: a thread has one of a few elements, by a hash of its
+//! number.
 
 use tracer_common::{alloc_spec::Family, instance::Instance, missed::Missed};
 
@@ -36,12 +36,15 @@ impl ThreadKey {
     }
 
     /// The first element that the thread may have.
+    ///
+    /// Threads of a process have numbers in a row, and so would have each other's elements; hashed, they
+    /// are spread evenly.
     #[inline(always)]
     fn first(self) -> u32 {
-        /// Coprime to the number of elements, so that the families of neighbours do not meet soon.
-        const BETWEEN_FAMILIES: u32 = 16411;
+        /// The golden ratio's (multiplicative hashing).
+        const MULTIPLIER: u32 = 0x9E37_79B1;
         let family = (self.0 >> 56) as u32;
-        (self.0 as u32).wrapping_add(family.wrapping_mul(BETWEEN_FAMILIES))
+        (self.0 as u32 ^ family << 24).wrapping_mul(MULTIPLIER) >> (32 - SLOTS.ilog2())
     }
 
     /// The element with a key among those that the thread may have.
@@ -71,7 +74,7 @@ fn element(index: u32) -> Option<*mut Thread> {
     THREADS.get_ptr_mut(index & (SLOTS - 1))
 }
 
-/// What is known of a thread in a family. Three cache lines, which only that thread writes.
+/// What is known of a thread in a family. Two cache lines, which only that thread writes.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub(crate) struct Thread {
@@ -97,6 +100,8 @@ pub(crate) struct Thread {
     pub(crate) pending: Pending,
 }
 
+const _: () = assert!(size_of::<Thread>() == 128);
+
 /// A power of two.
 const COUNTED_AT_ONCE: u32 = 64;
 
@@ -119,6 +124,24 @@ impl Thread {
             // SAFETY: as above.
             unsafe { add_u64(&raw mut (*state).returns, u64::from(COUNTED_AT_ONCE)) };
         }
+    }
+
+    /// What is left of that counts for the instance.
+    #[inline(always)]
+    fn count_rest(&mut self) {
+        let rest = |count: u32| u64::from(count & (COUNTED_AT_ONCE - 1));
+        if let Some(state) = INSTANCES.get_ptr_mut(self.instance)
+            // SAFETY: a live map element.
+            && unsafe { (*state).generation } == self.generation
+        {
+            // SAFETY: aligned fields of a live map element.
+            unsafe {
+                add_u64(&raw mut (*state).entries, rest(self.entries));
+                add_u64(&raw mut (*state).returns, rest(self.returns));
+            }
+        }
+        self.entries = 0;
+        self.returns = 0;
     }
 
     /// The instance that the thread's process is, if it records.
@@ -207,6 +230,7 @@ pub(crate) fn forget(key: ThreadKey) {
         missed::count(Missed::AbandonedCalls);
         thread.pending.abandon();
     }
+    thread.count_rest();
     // As nobody's; last the key, which gives it away.
     thread.instance = 0;
     thread.generation = 0;
