@@ -41,11 +41,18 @@ pub const VARIANCE_BYTES: u64 = 256;
 #[inline(always)]
 #[must_use]
 pub const fn variances(size_bytes: u64, weight: u32) -> (u64, u64) {
+    const SQUARE: u64 = VARIANCE_BYTES * VARIANCE_BYTES;
     let others = (weight as u64).wrapping_sub(1);
     let weight = weight as u64;
-    let bytes = size_bytes.wrapping_mul(weight) / VARIANCE_BYTES;
-    let other_bytes = size_bytes.wrapping_mul(others) / VARIANCE_BYTES;
-    (weight.wrapping_mul(others), bytes.wrapping_mul(other_bytes))
+    let bytes = size_bytes.wrapping_mul(weight);
+    let other_bytes = size_bytes.wrapping_mul(others);
+    let of_bytes = if bytes >> 32 == 0 {
+        // Small blocks are less than a unit. Rounded up, as none is to count for nothing.
+        (bytes.wrapping_mul(other_bytes)).wrapping_add(SQUARE - 1) / SQUARE
+    } else {
+        (bytes / VARIANCE_BYTES).wrapping_mul(other_bytes / VARIANCE_BYTES)
+    };
+    (weight.wrapping_mul(others), of_bytes)
 }
 
 /// Counters of a site. All but `births` and what is live only grow; the BPF side adds to them atomically and the
@@ -131,3 +138,40 @@ const _: () = {
     assert!(size_of::<Site>().is_multiple_of(8));
 };
 pod!(Site);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variances_are_off_by_a_unit_at_most_or_hardly_at_all() {
+        for size_bytes in [0, 1, 16, 24, 100, 4096, 65_537, 1 << 20, 1 << 31] {
+            for weight in [1u32, 2, 3, 17, 256, 32_768, 1 << 16] {
+                let (blocks, bytes) = variances(size_bytes, weight);
+                let (size, weight) = (size_bytes as f64, f64::from(weight));
+                let of_blocks = weight * (weight - 1.0);
+                assert_eq!(blocks as f64, of_blocks);
+                let exact = of_blocks * size * size / (VARIANCE_BYTES * VARIANCE_BYTES) as f64;
+                if exact > 2f64.powi(63) {
+                    // Of no sampling: what is so large stands for itself.
+                    continue;
+                }
+                if size * weight < 2f64.powi(32) {
+                    assert_eq!(bytes as f64, exact.ceil(), "{size} by {weight}");
+                } else {
+                    assert!(
+                        (bytes as f64 / exact.max(1.0) - 1.0).abs() < 1e-6 || exact == 0.0,
+                        "{size} by {weight}: {bytes}, {exact}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_that_stands_for_itself_has_no_variance() {
+        for size_bytes in [0, 1, 1 << 20, 1 << 40] {
+            assert_eq!(variances(size_bytes, 1), (0, 0));
+        }
+    }
+}
