@@ -110,6 +110,35 @@ pub fn distance(random: u64, logarithm: impl Fn(usize) -> u64) -> u64 {
     ((u64::from(zeros) + 1) * LN_2).saturating_sub(logarithm)
 }
 
+/// Whether a block has a point that a thread is about to allocate, of that step.
+///
+/// `until_sample` is the thread's distance to the next point, 0 if that is not known yet; `draw` gives a new
+/// [`distance`].
+#[inline(always)]
+#[must_use]
+pub fn has_point(until_sample: &mut u64, step: u64, mut draw: impl FnMut() -> u64) -> bool {
+    // First what is most of the time.
+    if *until_sample > step {
+        *until_sample -= step;
+        return false;
+    }
+    if *until_sample == 0 {
+        // The thread's first block.
+        let first = draw();
+        if first > step {
+            *until_sample = first - step;
+            return false;
+        }
+    }
+    // Beyond the block, how far it is to the next point is the same as ever. It is drawn anew: of the distance
+    // that led here it is known that it was short.
+    *until_sample = draw();
+    if *until_sample == 0 {
+        *until_sample = 1;
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

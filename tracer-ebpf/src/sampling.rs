@@ -3,7 +3,9 @@
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use tracer_common::{
     recording::Recording,
-    sampling::{LOGARITHMS, SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance, size_class},
+    sampling::{
+        LOGARITHMS, SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance, has_point, size_class,
+    },
 };
 
 use crate::{maps::RATES, thread::Thread, unwind::unseen};
@@ -31,30 +33,23 @@ pub(crate) fn weight(recording: &Recording, thread: &mut Thread, size_bytes: u64
     }
     // SAFETY: inside of a live map element.
     let step = unsafe { (*rate).steps[class] };
-    if thread.until_sample > step {
-        thread.until_sample -= step;
+    if !has_point(&mut thread.until_sample, step, draw) {
         return 0;
     }
-    sampled(thread, step, unsafe {
-        // SAFETY: as above.
-        (*rate).weights[class]
+    // SAFETY: as above.
+    round(unsafe { (*rate).weights[class] }) as u32
+}
+
+/// A new distance to the next point.
+#[inline(never)]
+fn draw() -> u64 {
+    distance(random(), |index| {
+        LOGARITHMS.get(index).copied().unwrap_or(0)
     })
 }
 
+/// A weight, rounded to one of its neighbours at random, so that sums stay unbiased.
 #[inline(never)]
-fn sampled(thread: &mut Thread, step: u64, weight: u64) -> u32 {
-    let next = distance(random(), |index| {
-        LOGARITHMS.get(index).copied().unwrap_or(0)
-    });
-    if thread.until_sample == 0 {
-        // The thread's first block: where the first point lies is not known yet.
-        if next > step {
-            thread.until_sample = next - step;
-            return 0;
-        }
-    }
-    // Beyond the block, how far it is to the next point is the same as ever.
-    thread.until_sample = if next == 0 { 1 } else { next };
-    // Rounded to one of its neighbours at random, so that sums stay unbiased.
-    ((weight + (random() & (WEIGHT_UNITS - 1))) >> WEIGHT_SHIFT) as u32
+fn round(weight: u64) -> u64 {
+    (weight + (random() & (WEIGHT_UNITS - 1))) >> WEIGHT_SHIFT
 }

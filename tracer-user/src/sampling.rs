@@ -105,7 +105,7 @@ impl Margins {
 #[cfg(test)]
 mod tests {
     use tracer_common::{
-        sampling::{LOGARITHMS, WEIGHT_SHIFT, distance, size_class},
+        sampling::{LOGARITHMS, WEIGHT_SHIFT, distance, has_point, size_class},
         site::variances,
     };
 
@@ -135,15 +135,10 @@ mod tests {
         fn weight(&mut self, size_bytes: u64) -> u32 {
             let class = size_class(size_bytes);
             let step = self.rate.steps[class];
-            let next = |random: &mut Random| distance(random.next(), |index| LOGARITHMS[index]);
-            if self.until_sample == 0 {
-                self.until_sample = next(&mut self.random).max(1);
-            }
-            if self.until_sample > step {
-                self.until_sample -= step;
+            let draw = || distance(self.random.next(), |index| LOGARITHMS[index]);
+            if !has_point(&mut self.until_sample, step, draw) {
                 return 0;
             }
-            self.until_sample = next(&mut self.random).max(1);
             let part = self.random.next() & (WEIGHT_UNITS - 1);
             ((self.rate.weights[class] + part) >> WEIGHT_SHIFT) as u32
         }
@@ -207,6 +202,36 @@ mod tests {
                 within.iter().all(|count| *count >= SEEDS * 85 / 100),
                 "{interval_bytes}: {within:?} of {SEEDS}"
             );
+        }
+    }
+
+    #[test]
+    fn estimates_of_threads_that_allocate_little_are_unbiased() {
+        const THREADS: u32 = 200_000;
+        // As long as an eighth of the interval, and as long as all of it.
+        for size_bytes in [512, 4096] {
+            for blocks in 1..=4 {
+                let mut sampler = Sampler {
+                    rate: rate(4096),
+                    random: Random(size_bytes),
+                    until_sample: 0,
+                };
+                let (mut sum, mut squares) = (0.0, 0.0);
+                for _ in 0..THREADS {
+                    sampler.until_sample = 0;
+                    let found: u32 = (0..blocks).map(|_| sampler.weight(size_bytes)).sum();
+                    let off = f64::from(found) - f64::from(blocks);
+                    sum += off;
+                    squares += off * off;
+                }
+                let threads = f64::from(THREADS);
+                let error = (squares / threads).sqrt() / threads.sqrt();
+                let mean = sum / threads;
+                assert!(
+                    mean.abs() < 4.0 * error,
+                    "{blocks} of {size_bytes}: {mean}, {error}"
+                );
+            }
         }
     }
 
