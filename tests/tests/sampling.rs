@@ -27,10 +27,11 @@ struct Truth {
     kept: u64,
 }
 
-const TRUTHS: [Truth; 5] = [
+const TRUTHS: [Truth; 6] = [
     truth("site_small", 20_000, 48, 10_000),
     truth("site_medium", 2000, 1000, 500),
     truth("site_large", 40, 100_000, 10),
+    truth("site_array", 2000, 1000, 500),
     truth("site_grown", 500, 64, 0),
     truth("site_grow", 500, 4096, 500),
 ];

@@ -57,6 +57,20 @@ pub enum RangeCall {
     Break = 3,
 }
 
+/// Which functions of its own kind a function may end in a jump to, so that its caller's return address is
+/// theirs too (`reallocarray` in one to `realloc`, which is in one to `malloc` if it is given no block).
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HandsOn {
+    /// To none that is known.
+    #[default]
+    Never = 0,
+    /// To one that gives a new block, which it does if it was given none itself.
+    WithoutBlock = 1,
+    /// To one that is given a block.
+    Always = 2,
+}
+
 /// A family's number: functions that give and take back the same kind of thing. Each has a ledger of
 /// its own, as a `FILE` is also a block of `malloc` at the same address.
 pub type Family = u8;
@@ -68,7 +82,7 @@ pub const HEAP: Family = 0;
 ///
 /// Encoded into the 64-bit attach cookie: four 5-bit register numbers from bit 0 (size, count,
 /// pointer, out-pointer), the result kind at bit 20, success at bit 23, what is done with ranges at
-/// bit 25, the family at bit 32.
+/// bit 25, what it may end in a jump to at bit 27, the family at bit 32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocSpec {
     /// Register holding the size in bytes.
@@ -87,6 +101,8 @@ pub struct AllocSpec {
     pub family: Family,
     /// What it does, if its family is that of the mappings.
     pub range_call: RangeCall,
+    /// What it may end in a jump to.
+    pub hands_on: HandsOn,
 }
 
 const REGISTER_BITS: u32 = 5;
@@ -97,6 +113,8 @@ const SUCCESS_SHIFT: u32 = 23;
 const SUCCESS_MASK: u64 = 3;
 const RANGE_CALL_SHIFT: u32 = 25;
 const RANGE_CALL_MASK: u64 = 3;
+const HANDS_ON_SHIFT: u32 = 27;
+const HANDS_ON_MASK: u64 = 3;
 const FAMILY_SHIFT: u32 = 32;
 
 impl AllocSpec {
@@ -110,6 +128,7 @@ impl AllocSpec {
         success: Success::Zero,
         family: HEAP,
         range_call: RangeCall::Map,
+        hands_on: HandsOn::Never,
     };
 
     /// The attach cookie.
@@ -122,6 +141,7 @@ impl AllocSpec {
             | (self.result as u64) << RESULT_SHIFT
             | (self.success as u64) << SUCCESS_SHIFT
             | (self.range_call as u64) << RANGE_CALL_SHIFT
+            | (self.hands_on as u64) << HANDS_ON_SHIFT
             | (self.family as u64) << FAMILY_SHIFT
     }
 }
@@ -185,6 +205,16 @@ impl Cookie {
         self.0 >> RANGE_CALL_SHIFT & RANGE_CALL_MASK == call as u64
     }
 
+    /// Whether a call with such a block given up, 0 for none, may end in a jump to another function that is
+    /// probed.
+    #[inline(always)]
+    #[must_use]
+    pub const fn may_hand_on(self, old_address: u64) -> bool {
+        let hands_on = self.0 >> HANDS_ON_SHIFT & HANDS_ON_MASK;
+        hands_on == HandsOn::Always as u64
+            || (hands_on == HandsOn::WithoutBlock as u64 && old_address == 0)
+    }
+
     /// What the block belongs to.
     #[inline(always)]
     #[must_use]
@@ -208,6 +238,7 @@ mod tests {
             success: Success::Always,
             family: 255,
             range_call: RangeCall::Remap,
+            hands_on: HandsOn::Always,
         };
         let cookie = Cookie(spec.to_cookie());
         assert_eq!(
@@ -227,6 +258,25 @@ mod tests {
             ResultKind::Resized,
         ] {
             assert_eq!(cookie.returns(kind), kind == ResultKind::OutPointer);
+        }
+    }
+
+    #[test]
+    fn a_function_that_is_given_a_block_hands_on_to_one_that_takes_it() {
+        for (hands_on, expected) in [
+            (HandsOn::Never, [false, false]),
+            (HandsOn::WithoutBlock, [true, false]),
+            (HandsOn::Always, [true, true]),
+        ] {
+            let spec = AllocSpec {
+                hands_on,
+                range_call: RangeCall::Break,
+                family: 255,
+                ..AllocSpec::NONE
+            };
+            let cookie = Cookie(spec.to_cookie());
+            assert!(cookie.does(RangeCall::Break));
+            assert_eq!([0, 16].map(|old| cookie.may_hand_on(old)), expected);
         }
     }
 

@@ -136,8 +136,9 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         && ledger::take(pending.scope(), pending.old_address, &mut pending.old)
     {
         pending.old_taken = 1;
-    } else if weight == 0 {
-        // Nobody waits for the result.
+    } else if weight == 0 && !cookie.may_hand_on(pending.old_address) {
+        // Nobody waits for the result. Unless it may end in a jump to another function: that would not be
+        // known as part of this call, and have a chance of its own.
         return None;
     }
     pending.jumped = 0;

@@ -7,12 +7,16 @@
 //! functions that free, that of a null pointer.
 //!
 //! What is not proven is probed, which is right in any case: calls inside calls count once.
+//!
+//! The same code says of a function that is probed whether it may end in a jump to another one that is.
 
 use std::collections::{HashMap, HashSet};
 
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register,
 };
+
+use tracer_common::alloc_spec::HandsOn;
 
 use super::allocators::{self, Call};
 
@@ -36,6 +40,8 @@ pub(super) struct Calls<'a, 'd> {
 pub(super) enum Callee {
     /// A function that allocates.
     Allocates,
+    /// One that is given a block (`realloc`).
+    Resizes,
     /// A function that frees.
     Frees,
     /// A function that does not return.
@@ -57,11 +63,17 @@ impl Callee {
             return Some(Self::NeverReturns);
         }
         match allocators::by_name(name, prefix)?.signature.call {
+            Call::Alloc(alloc) if alloc.old.is_some() => Some(Self::Resizes),
             Call::Alloc(_) => Some(Self::Allocates),
             Call::Free { .. } => Some(Self::Frees),
             Call::Range(_) => None,
             Call::Jump => Some(Self::NeverReturns),
         }
+    }
+
+    /// Whether it is what is wanted: who resizes allocates.
+    fn is(self, wanted: Self) -> bool {
+        self == wanted || (self == Self::Resizes && wanted == Self::Allocates)
     }
 }
 
@@ -142,7 +154,7 @@ impl<'a, 'd> Calls<'a, 'd> {
                         let target = instruction.near_branch_target();
                         match self.callee(&instruction) {
                             Some(Callee::NeverReturns) => break,
-                            Some(callee) if callee == wanted => {
+                            Some(callee) if callee.is(wanted) => {
                                 arrived = true;
                                 break;
                             }
@@ -168,7 +180,7 @@ impl<'a, 'd> Calls<'a, 'd> {
                         if !skips_target {
                             match self.callee(&instruction) {
                                 Some(Callee::NeverReturns) => {}
-                                Some(callee) if callee == wanted => arrived = true,
+                                Some(callee) if callee.is(wanted) => arrived = true,
                                 // A tail call of something else.
                                 Some(_) => return false,
                                 None => match instruction.near_branch_target() {
@@ -187,6 +199,55 @@ impl<'a, 'd> Calls<'a, 'd> {
             }
         }
         arrived
+    }
+
+    /// Which functions that allocate the one at this address may end in a jump to, as far as its code says so: a
+    /// jump to where nobody knows counts as none.
+    pub(super) fn hands_on(&self, entry: u64) -> HandsOn {
+        let mut seen = HashSet::new();
+        let mut ways = vec![entry];
+        let mut found = HandsOn::Never;
+        while let Some(mut address) = ways.pop() {
+            while seen.len() < MAX_INSTRUCTIONS as usize && seen.insert(address) {
+                let Some(instruction) = self.decode(address) else {
+                    break;
+                };
+                let flow = instruction.flow_control();
+                let branches = matches!(
+                    flow,
+                    FlowControl::UnconditionalBranch
+                        | FlowControl::IndirectBranch
+                        | FlowControl::ConditionalBranch
+                );
+                let goes_on = matches!(
+                    flow,
+                    FlowControl::Next
+                        | FlowControl::Call
+                        | FlowControl::IndirectCall
+                        | FlowControl::ConditionalBranch
+                );
+                let target = instruction.near_branch_target();
+                // Its own beginning is no other function.
+                let callee = match target == entry {
+                    true => None,
+                    false => self.callee(&instruction),
+                };
+                if branches {
+                    match callee {
+                        Some(Callee::Allocates) => found = found.max(HandsOn::WithoutBlock),
+                        Some(Callee::Resizes) => return HandsOn::Always,
+                        Some(Callee::Frees | Callee::NeverReturns) => {}
+                        None if target != 0 => ways.push(target),
+                        None => {}
+                    }
+                }
+                if !goes_on || (!branches && callee == Some(Callee::NeverReturns)) {
+                    break;
+                }
+                address = instruction.next_ip();
+            }
+        }
+        found
     }
 
     fn decode(&self, address: u64) -> Option<Instruction> {
@@ -254,8 +315,21 @@ mod tests {
     const MALLOC: u64 = 0x9000;
     const FREE_SLOT: u64 = 0x8000;
     const THROW: u64 = 0x9100;
+    const REALLOC: u64 = 0x9200;
 
     fn forwards(code: &'static [u8], frees: bool) -> bool {
+        let call = match frees {
+            true => Call::Free { pointer: 0 },
+            false => Call::Alloc(allocators::Alloc::default()),
+        };
+        with_calls(code, |calls| calls.forwards(0x1000, call))
+    }
+
+    fn hands_on(code: &'static [u8]) -> HandsOn {
+        with_calls(code, |calls| calls.hands_on(0x1000))
+    }
+
+    fn with_calls<T>(code: &'static [u8], ask: impl FnOnce(&Calls<'_, 'static>) -> T) -> T {
         let read = move |address: u64| {
             let at = usize::try_from(address.checked_sub(0x1000)?).ok()?;
             code.get(at..).filter(|rest| !rest.is_empty())
@@ -264,12 +338,9 @@ mod tests {
         let mut calls = Calls::new(read);
         calls.defined.insert(MALLOC, Callee::Allocates);
         calls.defined.insert(THROW, Callee::NeverReturns);
+        calls.defined.insert(REALLOC, Callee::Resizes);
         calls.slots.insert(FREE_SLOT, Callee::Frees);
-        let call = match frees {
-            true => Call::Free { pointer: 0 },
-            false => Call::Alloc(allocators::Alloc::default()),
-        };
-        calls.forwards(0x1000, call)
+        ask(&calls)
     }
 
     #[test]
@@ -331,6 +402,27 @@ mod tests {
             b"\xe8\x01\x00\x00\x00\xc3\x53\xe8\xf4\x7f\x00\x00\x5b\xc3",
             false
         ));
+    }
+
+    #[test]
+    fn a_function_hands_on_where_it_jumps_and_not_where_it_calls() {
+        // test %rdi,%rdi; je malloc; push %rbx; call realloc; pop %rbx; ret
+        assert_eq!(
+            hands_on(b"\x48\x85\xff\x0f\x84\xf7\x7f\x00\x00\x53\xe8\xf1\x81\x00\x00\x5b\xc3"),
+            HandsOn::WithoutBlock
+        );
+        // imul %rdx,%rsi; jo 1f; jmp realloc; 1: ret
+        assert_eq!(
+            hands_on(b"\x48\x0f\xaf\xf2\x70\x05\xe9\xf5\x81\x00\x00\xc3"),
+            HandsOn::Always
+        );
+        // call malloc; call throw; jmp realloc
+        assert_eq!(
+            hands_on(b"\xe8\xfb\x7f\x00\x00\xe8\xf6\x80\x00\x00\xe9\xf1\x81\x00\x00"),
+            HandsOn::Never
+        );
+        // jmp self
+        assert_eq!(hands_on(b"\xeb\xfe"), HandsOn::Never);
     }
 
     #[test]

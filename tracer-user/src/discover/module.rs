@@ -9,12 +9,14 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use object::{
-    Architecture, Endianness, Object as _, ObjectKind, ObjectSegment as _, ObjectSymbol as _,
+    Architecture, Endianness, Object as _, ObjectKind, ObjectSegment, ObjectSymbol as _,
     ObjectSymbolTable as _, RelocationTarget, SymbolKind,
     elf::{STB_LOCAL, STT_FUNC},
     read::elf::ElfFile64,
 };
-use tracer_common::alloc_spec::{AllocSpec, Family, HEAP, NO_REGISTER, RangeCall, ResultKind};
+use tracer_common::alloc_spec::{
+    AllocSpec, Family, HEAP, HandsOn, NO_REGISTER, RangeCall, ResultKind,
+};
 
 use super::{
     allocators::{self, Call, Gives, Kind},
@@ -89,6 +91,8 @@ pub struct Function {
     /// Whether it throws an exception if there is no memory, which ends a process whose function has a
     /// return probe.
     pub throws: bool,
+    /// Which others it may end in a jump to.
+    pub hands_on: HandsOn,
     /// Why it must not have a return probe.
     pub danger: Option<FunctionDanger>,
     /// Address in the file's own terms.
@@ -123,6 +127,7 @@ impl Function {
         let optional = |argument: Option<u8>| argument.map_or(NO_REGISTER, register);
         let mut spec = AllocSpec {
             family: self.family,
+            hands_on: self.hands_on,
             ..AllocSpec::NONE
         };
         match self.call {
@@ -187,6 +192,8 @@ struct Found {
     may_forward: bool,
     /// Whether all of its names are of functions that throw.
     throws: bool,
+    /// Which others it may end in a jump to.
+    hands_on: HandsOn,
 }
 
 /// Code longer than this is not an allocator function's: a symbol that says so is wrong.
@@ -218,8 +225,9 @@ impl Module {
         // glibc's loader has had an allocator of its own for the time before libc is there; what it
         // allocates is never freed through libc's.
         let (mut found, has_prefixed) = find(&elf, search, !is_glibc_loader);
-        leave_out_forwarding(&elf, &mut found, search);
-        let functions = place(&elf, found, search, traits.go)
+        let text = text(&elf);
+        follow_calls(&elf, &text, &mut found, search);
+        let functions = place(&elf, &text, found, search, traits.go)
             .with_context(|| format!("failed to read the code of {}", path.display()))?;
         Ok(Self {
             build_id,
@@ -349,6 +357,7 @@ fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions
                 definitions: Vec::new(),
                 may_forward: matches!(kind, Kind::Above { .. }),
                 throws: kind == Kind::Above { throws: true },
+                hands_on: HandsOn::Never,
             };
             add(HEAP, None, new);
         }
@@ -361,6 +370,7 @@ fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions
                 definitions: Vec::new(),
                 may_forward: false,
                 throws: false,
+                hands_on: HandsOn::Never,
             };
             add(family, None, new);
         }
@@ -372,6 +382,7 @@ fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions
                 definitions: vec![index],
                 may_forward: false,
                 throws: false,
+                hands_on: HandsOn::Never,
             };
             add(definition.family, definition.library.clone(), new);
         }
@@ -379,13 +390,22 @@ fn find(elf: &Elf<'_>, search: &Search, has_allocators: bool) -> (FoundFunctions
     (found, has_prefixed)
 }
 
-/// Takes out what does nothing but call an allocator that is probed itself.
-fn leave_out_forwarding(elf: &Elf<'_>, found: &mut FoundFunctions, search: &Search) {
-    if !found.values().any(|function| function.may_forward) {
+/// Takes out what does nothing but call an allocator that is probed itself, and finds out what the rest of the
+/// allocator's functions may end in a jump to.
+fn follow_calls(elf: &Elf<'_>, text: &[Text<'_>], found: &mut FoundFunctions, search: &Search) {
+    let allocates = |call: Call| matches!(call, Call::Alloc(_));
+    if !found
+        .values()
+        .any(|function| function.may_forward || allocates(function.call))
+    {
         return;
     }
     // As much as any instruction takes.
-    let code = |address: u64| (1..=15).rev().find_map(|length| code(elf, address, length));
+    let code = |address: u64| {
+        (1..=15)
+            .rev()
+            .find_map(|length| code(text, address, length))
+    };
     let prefix = search.symbol_prefix.as_deref();
     let mut calls = Calls::new(&code);
     for symbol in elf.symbols().chain(elf.dynamic_symbols()) {
@@ -401,10 +421,13 @@ fn leave_out_forwarding(elf: &Elf<'_>, found: &mut FoundFunctions, search: &Sear
         }
     }
     calls.slots = slots(elf, prefix);
-    found.retain(|(address, _, _), function| {
+    found.retain(|(address, family, _), function| {
         let forwards = function.may_forward && calls.forwards(*address, function.call);
         if forwards {
             log::debug!("{} only calls an allocator", function.names.join(", "));
+        }
+        if *family == HEAP && allocates(function.call) && !forwards {
+            function.hands_on = calls.hands_on(*address);
         }
         !forwards
     });
@@ -435,6 +458,7 @@ fn slots(elf: &Elf<'_>, prefix: Option<&str>) -> HashMap<u64, Callee> {
 /// Decides for every function where its probe goes.
 fn place(
     elf: &Elf<'_>,
+    text: &[Text<'_>],
     found: FoundFunctions,
     search: &Search,
     is_go: bool,
@@ -456,7 +480,7 @@ fn place(
         let Some(file_offset) = file_offset(elf, address) else {
             continue;
         };
-        let code = code(elf, range.start, range.end - range.start).unwrap_or_default();
+        let code = code(text, range.start, range.end - range.start).unwrap_or_default();
         let call = found.call;
         let arguments = call.arguments();
         // Without the survey anything may jump to right behind the entry, which leaves the entry.
@@ -483,6 +507,7 @@ fn place(
             family,
             definitions: found.definitions,
             throws: found.throws,
+            hands_on: found.hands_on,
             danger,
             address,
             file_offset,
@@ -493,10 +518,32 @@ fn place(
     Ok(functions)
 }
 
-/// Bytes at an address of the file's own address space.
-fn code<'a>(elf: &Elf<'a>, address: u64, length: u64) -> Option<&'a [u8]> {
+/// A segment of code: its address and its bytes.
+type Text<'a> = (u64, &'a [u8]);
+
+/// The code of a file. Read once: whatever is asked of a segment reads all of it, and takes that from what may be
+/// read of a file.
+fn text<'a>(elf: &Elf<'a>) -> Vec<Text<'a>> {
     elf.segments()
-        .find_map(|segment| segment.data_range(address, length).ok().flatten())
+        .filter(is_executable)
+        .filter_map(|segment| Some((segment.address(), segment.data().ok()?)))
+        .collect()
+}
+
+fn is_executable<'a>(segment: &impl ObjectSegment<'a>) -> bool {
+    match segment.flags() {
+        object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
+        _ => false,
+    }
+}
+
+/// Bytes at an address of the file's own address space.
+fn code<'a>(text: &[Text<'a>], address: u64, length: u64) -> Option<&'a [u8]> {
+    text.iter().find_map(|(start, bytes)| {
+        let from = usize::try_from(address.checked_sub(*start)?).ok()?;
+        let to = from.checked_add(usize::try_from(length).ok()?)?;
+        bytes.get(from..to)
+    })
 }
 
 /// Jumps from elsewhere in the code into each of the functions; None where the code is too large
@@ -507,11 +554,7 @@ fn survey(
 ) -> anyhow::Result<Vec<Option<Vec<u64>>>> {
     let mut targets = vec![Some(Vec::new()); functions.len()];
     let mut surveyed_bytes = 0u64;
-    let executable = elf.segments().filter(|segment| match segment.flags() {
-        object::SegmentFlags::Elf { p_flags, .. } => p_flags.0 & object::elf::PF_X.0 != 0,
-        _ => false,
-    });
-    for segment in executable {
+    for segment in elf.segments().filter(is_executable) {
         surveyed_bytes = surveyed_bytes.saturating_add(segment.file_range().1);
         if surveyed_bytes > MAX_SURVEY_BYTES {
             return Ok(vec![None; functions.len()]);

@@ -83,7 +83,7 @@ pub fn no_allocator<'a>(
 
 #[cfg(test)]
 mod tests {
-    use tracer_common::alloc_spec::HEAP;
+    use tracer_common::alloc_spec::{HEAP, HandsOn};
 
     use super::*;
     use crate::{
@@ -128,6 +128,7 @@ mod tests {
             family: HEAP,
             definitions: Vec::new(),
             throws: false,
+            hands_on: HandsOn::Never,
             danger: None,
             address: 0,
             file_offset: 0,
