@@ -163,7 +163,7 @@ impl Attachments {
         let build_id = segment.file.as_ref().and_then(|file| file.build_id());
         let is_shared = self.is_shared(part.file);
         if (is_shared && self.standing.contains_key(&key))
-            || self.is_same_file(key, pid, segment, build_id, programs)
+            || self.is_same_file(tracer, key, pid, segment, programs)?
         {
             return Ok(None);
         }
@@ -195,34 +195,42 @@ impl Attachments {
     /// probed twice, every call would count twice.
     fn is_same_file(
         &mut self,
+        tracer: &mut Tracer,
         key: (FileId, bool),
         pid: u32,
         segment: &Segment,
-        build_id: Option<&str>,
         programs: &[(ProbeProgram, Vec<Point>)],
-    ) -> bool {
-        let known = build_id.is_some()
-            && self.standing.iter().any(|((_, is_report), standing)| {
-                *is_report == key.1 && standing.build_id.as_deref() == build_id
-            });
+    ) -> anyhow::Result<bool> {
+        let file = segment.file.as_ref().filter(|file| file.is_overlaid);
         let point = programs.iter().find_map(|(_, points)| points.first());
-        let (true, Some(point)) = (known, point) else {
-            return false;
+        let (Some(build_id), Some(point)) = (file.and_then(|file| file.build_id()), point) else {
+            return Ok(false);
         };
-        let is_overlaid = segment.file.as_ref().is_some_and(|file| file.is_overlaid);
+        let alike = self
+            .standing
+            .iter_mut()
+            .filter(|((_, is_report), standing)| {
+                *is_report == key.1 && standing.build_id.as_deref() == Some(&*build_id)
+            });
+        let mut is_known = false;
+        for probes in alike.filter_map(|(_, standing)| standing.probes.as_mut()) {
+            // Between windows there is nothing to know it by.
+            probes.put_back(tracer)?;
+            is_known = true;
+        }
         // If it is the same, it has our breakpoints already.
-        let is_probed = is_overlaid && is_probed(pid, segment, point.file_offset).unwrap_or(false);
+        let is_probed = is_known && is_probed(pid, segment, point.file_offset).unwrap_or(false);
         if is_probed {
             self.standing.insert(
                 key,
                 Standing {
-                    build_id: build_id.map(str::to_owned),
+                    build_id: Some(build_id.to_string()),
                     probes: None,
                     since_ns: monotonic_ns(),
                 },
             );
         }
-        is_probed
+        Ok(is_probed)
     }
 
     /// Since when all probes stand that are for all processes, in the files that a process has mapped,
