@@ -7,7 +7,6 @@ use anyhow::{Context as _, Result, ensure};
 use super::{
     fixture,
     load::{Lines, Running},
-    median,
     table::{Claim, Limit, Report, Table, figure},
     tracer::Tracer,
     way::Way,
@@ -19,15 +18,16 @@ const BUDGETS: [f64; 2] = [3.0, 10.0];
 /// By how much it may be missed, as a share of it.
 const TOLERANCE: f64 = 0.3;
 
-/// How long the session has to find its measure before it is judged.
-const SETTLE: Duration = Duration::from_secs(2);
+/// How long a period takes with unfreed, from its start on: windows are some seconds apart, so that shorter ones
+/// would have one or none.
+const TRACED: Duration = Duration::from_secs(20);
+/// And without.
+const UNTRACED: Duration = Duration::from_secs(6);
 
 /// A program that is judged.
 struct Case {
     name: &'static str,
     words: fn(&Path) -> Result<Vec<OsString>>,
-    /// How long a period takes.
-    time: Duration,
     /// Whether its rate changes so much that less than the budget may be used.
     bursts: bool,
 }
@@ -36,7 +36,6 @@ const CASES: [Case; 4] = [
     Case {
         name: "pairs",
         words: |directory| pairs(directory, "same"),
-        time: Duration::from_secs(3),
         bursts: false,
     },
     Case {
@@ -45,7 +44,6 @@ const CASES: [Case; 4] = [
             let program = fixture::compile(directory, "server.cc", &fixture::RELEASED, &[])?;
             Ok(vec![program, "2".into()])
         },
-        time: Duration::from_secs(3),
         bursts: false,
     },
     Case {
@@ -58,13 +56,11 @@ const CASES: [Case; 4] = [
                 .into();
             Ok(vec![program, fixture::source("json_regex.py").into()])
         },
-        time: Duration::from_secs(3),
         bursts: false,
     },
     Case {
         name: "burst",
         words: |directory| pairs(directory, "burst"),
-        time: Duration::from_secs(5),
         bursts: true,
     },
 ];
@@ -94,10 +90,11 @@ pub(super) fn run(
         );
     }
     report.say(&format!(
-        "CPU time of the program for an operation, with unfreed attached, more than in the periods before and after \
-         without it; medians of {periods} such periods, and half of the width that the middle half of them spans. \
-         `burst` does its work with few allocations and with ten times as many in turns of 1 s. A session's first \
-         2 s, in which it finds its measure, are left out."
+        "CPU time of the program for an operation, in the {} s after unfreed was attached, more than in the {} s before \
+         and after it without; means of {periods} such periods, and 95 % confidence intervals. `burst` does its work \
+         with few allocations and with ten times as many in turns of 1 s.",
+        TRACED.as_secs(),
+        UNTRACED.as_secs()
     ));
     let headings = BUDGETS.map(|budget| format!("--max-overhead {budget}%"));
     let mut table = Table::new(&["added CPU time", &headings[0], &headings[1]]);
@@ -109,12 +106,8 @@ pub(super) fn run(
         let mut cells = vec![case.name.to_owned()];
         for budget in BUDGETS {
             let added = case.added(directory, budget, periods)?;
-            let middle = median(added.clone());
-            cells.push(format!(
-                "{} ± {:.1}",
-                figure(Some(middle), 1, " %"),
-                half_width(added)
-            ));
+            let (middle, error) = mean(&added);
+            cells.push(format!("{} ± {error:.1}", figure(Some(middle), 1, " %"),));
             let most = budget * (1.0 + TOLERANCE);
             claims.push(Claim::figure(
                 format!("{}, of a budget of {budget} %", case.name),
@@ -140,7 +133,7 @@ impl Case {
     fn added(&self, directory: &Path, budget: f64, periods: usize) -> Result<Vec<f64>> {
         let words = (self.words)(directory)?;
         let mut running = Lines::start(Way::Native, &words, directory)?;
-        let mut without = vec![running.work(self.time)?.cpu_ns];
+        let mut without = vec![running.work(UNTRACED)?.cpu_ns];
         let mut with = Vec::new();
         for period in 1..=periods {
             eprintln!(
@@ -150,11 +143,10 @@ impl Case {
             let mut command = Way::Default.unfreed_attach(running.pid())?;
             command.args(["--max-overhead", &format!("{budget}%")]);
             let tracer = Tracer::start(command, Way::Default, running.pid())?;
-            let settled = running.work(SETTLE);
-            let period = settled.and_then(|_| running.work(self.time));
+            let period = running.work(TRACED);
             tracer.stop()?;
             with.push(period?.cpu_ns);
-            without.push(running.work(self.time)?.cpu_ns);
+            without.push(running.work(UNTRACED)?.cpu_ns);
         }
         Ok(added(&with, &without))
     }
@@ -170,14 +162,12 @@ fn added(with: &[f64], without: &[f64]) -> Vec<f64> {
     with.iter().zip(neighbours).map(added).collect()
 }
 
-/// Half of what the middle half spans.
-fn half_width(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let at = |quarter: usize| values.get(values.len() * quarter / 4).copied();
-    match (at(1), at(3)) {
-        (Some(low), Some(high)) => (high - low) / 2.0,
-        _ => f64::NAN,
-    }
+/// Mean, and half of the width of its 95 % confidence interval.
+fn mean(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, 1.96 * (squares / (count - 1.0) / count).sqrt())
 }
 
 #[cfg(test)]
@@ -190,6 +180,7 @@ mod tests {
         let added = added(&[11.55, 12.65], &[10.0, 11.0, 12.0]);
         assert!((added[0] - 10.0).abs() < 1e-9, "{added:?}");
         assert!((added[1] - 10.0).abs() < 1e-9, "{added:?}");
-        assert!((half_width(vec![4.0, 1.0, 2.0, 3.0]) - 1.0).abs() < 1e-9);
+        let (mean, error) = mean(&[1.0, 3.0]);
+        assert!((mean - 2.0).abs() < 1e-9 && (error - 1.96).abs() < 1e-9);
     }
 }
