@@ -110,6 +110,10 @@ fn duration_ends_the_session() {
             .is_some_and(|s| (0.2..10.0).contains(&s)),
         "{report}"
     );
+    let own_use = |field: &str| report.0["own_use"][field].as_f64().unwrap_or(0.0);
+    assert!(own_use("cpu_s") > 0.01, "{report}");
+    assert!(own_use("peak_memory_bytes") > 1e6, "{report}");
+    assert!(own_use("kernel_memory_bytes") > 1e6, "{report}");
     text::assert_clean(target.pid());
 }
 

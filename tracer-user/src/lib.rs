@@ -22,6 +22,7 @@ pub mod glob;
 pub mod governor;
 pub mod growth;
 pub mod host;
+pub mod own_use;
 pub mod page_faults;
 pub mod past;
 pub mod preflight;

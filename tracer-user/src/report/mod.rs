@@ -26,6 +26,7 @@ pub use programs::{ProgramReport, programs};
 use crate::{
     args::{Format, ReportOptions},
     discover::labels::Labels,
+    own_use::OwnUse,
     sampling::Margins,
     session::{BudgetReport, WindowsReport},
     stacks::{StackCheck, StackQuality},
@@ -62,6 +63,8 @@ pub struct Report {
     pub windows: Option<WindowsReport>,
     /// Where it ran.
     pub host: HostFacts,
+    /// What unfreed took itself.
+    pub own_use: OwnUse,
     /// What was not seen, by counter.
     pub missed_events: BTreeMap<&'static str, u64>,
     /// What stacks were unwound by.

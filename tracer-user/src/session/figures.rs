@@ -107,6 +107,7 @@ impl Session {
     /// What was found. One of several is of what runs now, and has the ages of blocks only if a filter asks
     /// for them: they take a walk through the ledger.
     pub fn report(&mut self, depth: Depth) -> anyhow::Result<Report> {
+        self.own_use.look();
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         let older = self.filters.older_ms.is_some();
         let is_final = depth == Depth::Final;
@@ -181,6 +182,7 @@ impl Session {
                 kernel: self.host.kernel_release.clone(),
                 trap_ns: self.trap_ns,
             },
+            own_use: self.own_use,
             missed_events,
             unwind: self.library.figures(self.tracer.unwind()),
             stack_check: self.stack_check.clone(),

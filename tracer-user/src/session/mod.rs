@@ -45,6 +45,7 @@ use crate::{
     },
     files::Files,
     host::Host,
+    own_use::OwnUse,
     past::Past,
     report::{Filters, SharedFile},
     stacks::{Stack, StackCheck},
@@ -108,6 +109,7 @@ pub struct Session {
     pace: Option<Pace>,
     /// The largest interval of sampling that was used, in bytes.
     sampled_bytes: Option<u64>,
+    own_use: OwnUse,
 }
 
 impl Session {
@@ -213,6 +215,7 @@ impl Session {
             started_ns: monotonic_ns(),
             stopped_ns: None,
             pace: None,
+            own_use: OwnUse::default(),
             sampled_bytes: trace.sample_bytes,
         })
     }
@@ -517,6 +520,7 @@ impl Session {
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
         self.drain();
+        self.own_use.look();
         let mut live: HashMap<u32, u64> = HashMap::new();
         for id in self.tracer.site_ids() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);

@@ -69,6 +69,7 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
         writeln!(to, "Every call was seen: the figures are exact.")?;
     }
     write_budget(report, to)?;
+    write_own_use(report, to)?;
     write_stack_quality(report, to)?;
     if report
         .everything()
@@ -110,6 +111,18 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "  … and {} more changes", count(more.len() as u64))?;
     }
     Ok(())
+}
+
+/// What unfreed took beside that.
+fn write_own_use(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    let own = &report.own_use;
+    writeln!(
+        to,
+        "unfreed itself took {:.1} s of processor time, and at most {} of memory and {} of the kernel's.",
+        own.cpu_s,
+        bytes(own.peak_memory_bytes),
+        bytes(own.kernel_memory_bytes)
+    )
 }
 
 /// How far up the stacks go.
