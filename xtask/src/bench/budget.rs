@@ -1,12 +1,12 @@
 //! Whether a budget given by `--max-overhead` is kept, judged by the program's CPU time for an operation.
 
-use std::{ffi::OsString, path::Path, time::Duration};
+use std::{ffi::OsString, panic::resume_unwind, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::{
     fixture,
-    load::{Lines, Running},
+    load::{Lines, Running, Sample},
     table::{Claim, Limit, Report, Table, figure},
     tracer::Tracer,
     way::Way,
@@ -23,6 +23,13 @@ const TOLERANCE: f64 = 0.3;
 const TRACED: Duration = Duration::from_secs(20);
 /// And without.
 const UNTRACED: Duration = Duration::from_secs(6);
+
+/// For how long a burst may take twice the budget.
+const MOST_DOUBLED_S: f64 = 2.0;
+/// `burst` says something this often.
+const LINE_S: f64 = 0.1;
+/// And so many lines are averaged.
+const SMOOTHED: usize = 5;
 
 /// A program that is judged.
 struct Case {
@@ -91,8 +98,9 @@ pub(super) fn run(
     }
     report.say(&format!(
         "CPU time of the program for an operation, in the {} s after unfreed was attached, more than in the {} s before \
-         and after it without; means of {periods} such periods, and 95 % confidence intervals. `burst` does its work \
-         with few allocations and with ten times as many in turns of 1 s.",
+         and after it without; means of {periods} such periods, and 95 % confidence intervals. All that as a multiple \
+         of what it is for another instance that runs untraced on the same processor at the same time. `burst` does \
+         its work with few allocations, and for 5 s of every 20 with ten times as many.",
         TRACED.as_secs(),
         UNTRACED.as_secs()
     ));
@@ -105,21 +113,26 @@ pub(super) fn run(
         }
         let mut cells = vec![case.name.to_owned()];
         for budget in BUDGETS {
-            let added = case.added(directory, budget, periods)?;
-            let (middle, error) = mean(&added);
+            let judged = case.judge(directory, budget, periods)?;
+            let (middle, error) = mean(&judged.added);
             cells.push(format!("{} ± {error:.1}", figure(Some(middle), 1, " %"),));
+            let what = format!("{}, of a budget of {budget} %", case.name);
             let most = budget * (1.0 + TOLERANCE);
-            claims.push(Claim::figure(
-                format!("{}, of a budget of {budget} %", case.name),
-                middle,
-                if case.bursts {
-                    Limit::AtMost(most)
-                } else {
-                    Limit::Between(budget * (1.0 - TOLERANCE), most)
-                },
-                " %",
-                1,
-            ));
+            let limit = if case.bursts {
+                Limit::AtMost(most)
+            } else {
+                Limit::Between(budget * (1.0 - TOLERANCE), most)
+            };
+            claims.push(Claim::figure(what.clone(), middle, limit, " %", 1));
+            if case.bursts {
+                claims.push(Claim::figure(
+                    format!("{what}: more than twice of it at a time, at most"),
+                    judged.doubled_s,
+                    Limit::AtMost(MOST_DOUBLED_S),
+                    " s",
+                    1,
+                ));
+            }
         }
         table.row(cells);
     }
@@ -128,28 +141,98 @@ pub(super) fn run(
     Ok(())
 }
 
+/// What a budget came to.
+struct Judged {
+    /// What was added in each period with unfreed, in percent.
+    added: Vec<f64>,
+    /// The longest time in which twice the budget was added.
+    doubled_s: f64,
+}
+
 impl Case {
-    /// What is added in each period with unfreed, in percent.
-    fn added(&self, directory: &Path, budget: f64, periods: usize) -> Result<Vec<f64>> {
-        let words = (self.words)(directory)?;
-        let mut running = Lines::start(Way::Native, &words, directory)?;
-        let mut without = vec![running.work(UNTRACED)?.cpu_ns];
+    fn judge(&self, directory: &Path, budget: f64, periods: usize) -> Result<Judged> {
+        let words = pinned((self.words)(directory)?);
+        let mut pair = Pair {
+            judged: Lines::start(Way::Native, &words, directory)?,
+            other: Lines::start(Way::Native, &words, directory)?,
+        };
+        let pid = pair.judged.pid();
+        let mut without = vec![pair.work(UNTRACED)?];
         let mut with = Vec::new();
         for period in 1..=periods {
             eprintln!(
                 "budget: {}, {budget} %, period {period} of {periods}",
                 self.name
             );
-            let mut command = Way::Default.unfreed_attach(running.pid())?;
+            let mut command = Way::Default.unfreed_attach(pid)?;
             command.args(["--max-overhead", &format!("{budget}%")]);
-            let tracer = Tracer::start(command, Way::Default, running.pid())?;
-            let period = running.work(TRACED);
+            let tracer = Tracer::start(command, Way::Default, pid)?;
+            let period = pair.work(TRACED);
             tracer.stop()?;
-            with.push(period?.cpu_ns);
-            without.push(running.work(UNTRACED)?.cpu_ns);
+            with.push(period?);
+            without.push(pair.work(UNTRACED)?);
         }
-        Ok(added(&with, &without))
+        let ratios = |periods: &[Together]| -> Vec<f64> {
+            periods.iter().map(|period| period.ratio).collect()
+        };
+        let untraced = ratios(&without);
+        let twice = mean(&untraced).0 * (1.0 + 2.0 * budget / 100.0);
+        let doubled = with
+            .iter()
+            .map(|period| longest_above(&period.by_line, twice));
+        Ok(Judged {
+            added: added(&ratios(&with), &untraced),
+            doubled_s: doubled.max().unwrap_or(0) as f64 * LINE_S,
+        })
     }
+}
+
+/// The command on one processor.
+fn pinned(words: Vec<OsString>) -> Vec<OsString> {
+    let taskset = ["taskset", "--cpu-list", "0"].map(OsString::from);
+    taskset.into_iter().chain(words).collect()
+}
+
+/// A program, and another of the same kind that is never traced and takes turns with it on the same processor: whatever
+/// else makes that faster or slower does so to both.
+struct Pair {
+    judged: Lines,
+    other: Lines,
+}
+
+impl Pair {
+    fn work(&mut self, time: Duration) -> Result<Together> {
+        let (judged, other) = std::thread::scope(|scope| {
+            let other = scope.spawn(|| self.other.samples(time));
+            let judged = self.judged.samples(time);
+            (
+                judged,
+                other.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            )
+        });
+        let (judged, other) = (judged?, other?);
+        let ratio = |judged: &[Sample], other: &[Sample]| {
+            Sample::sum_up(judged).cpu_ns / Sample::sum_up(other).cpu_ns
+        };
+        let lines = judged.windows(SMOOTHED).zip(other.windows(SMOOTHED));
+        Ok(Together {
+            ratio: ratio(&judged, &other),
+            by_line: lines.map(|(judged, other)| ratio(judged, other)).collect(),
+        })
+    }
+}
+
+/// CPU time of the one for an operation, of what it is for the other at the same time.
+struct Together {
+    ratio: f64,
+    /// Of some lines at a time.
+    by_line: Vec<f64>,
+}
+
+/// How many of them are above a limit without one between that is not, at most.
+fn longest_above(values: &[f64], limit: f64) -> usize {
+    let runs = values.split(|value| *value <= limit);
+    runs.map(<[f64]>::len).max().unwrap_or(0)
 }
 
 /// What each is more than the mean of its neighbours, in percent.
@@ -173,6 +256,12 @@ fn mean(values: &[f64]) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_a_burst_lasts_as_long_as_it_is_above() {
+        assert_eq!(longest_above(&[1.0, 3.0, 3.0, 2.0, 3.0], 2.0), 2);
+        assert_eq!(longest_above(&[], 2.0), 0);
+    }
 
     #[test]
     fn test_what_is_added_is_compared_with_both_neighbours() {

@@ -27,6 +27,9 @@ pub(super) fn source(name: &str) -> PathBuf {
     cmd::workspace().join("tests/fixtures").join(name)
 }
 
+/// For one that is a library to preload.
+pub(super) const PRELOADED: [&str; 4] = ["-O2", "-g", "-shared", "-fPIC"];
+
 /// Compiles a fixture in C or C++. Libraries follow the source.
 pub(super) fn compile(
     directory: &Path,

@@ -250,6 +250,19 @@ impl Lines {
         stdin.write_all(b"\n").context("the program does not read")
     }
 
+    /// What it did in the periods of about so long a time.
+    pub(super) fn samples(&mut self, time: Duration) -> Result<Vec<Sample>> {
+        while self.lines.try_recv().is_ok() {}
+        // Its beginning lies before.
+        self.next()?;
+        let start = Instant::now();
+        let mut samples = Vec::new();
+        while samples.is_empty() || start.elapsed() < time {
+            samples.push(self.next()?);
+        }
+        Ok(samples)
+    }
+
     /// What it did in the next period that ends.
     pub(super) fn next(&mut self) -> Result<Sample> {
         loop {
@@ -277,15 +290,7 @@ impl Running for Lines {
     }
 
     fn work(&mut self, time: Duration) -> Result<Period> {
-        while self.lines.try_recv().is_ok() {}
-        // Its beginning lies before.
-        self.next()?;
-        let start = Instant::now();
-        let mut samples = Vec::new();
-        while samples.is_empty() || start.elapsed() < time {
-            samples.push(self.next()?);
-        }
-        Ok(Sample::sum_up(&samples))
+        Ok(Sample::sum_up(&self.samples(time)?))
     }
 }
 
@@ -332,7 +337,7 @@ impl Sample {
 
     /// All together: some may have been traced and others not. Of the percentiles, which cannot be added, the middle
     /// one.
-    fn sum_up(samples: &[Self]) -> Period {
+    pub(super) fn sum_up(samples: &[Self]) -> Period {
         let sum = |of: fn(&Self) -> f64| samples.iter().map(of).sum::<f64>();
         let operations = sum(|sample| sample.operations);
         let p99_ns = median(samples.iter().map(|sample| sample.p99_ns).collect());

@@ -7,6 +7,7 @@ mod budget;
 mod docs;
 mod fixture;
 mod host;
+mod leaks;
 mod load;
 mod memory;
 mod micro;
@@ -44,10 +45,10 @@ pub(crate) struct Args {
     /// What to measure; everything without
     #[arg(value_enum)]
     what: Option<What>,
-    /// Rounds; each measures every way once [default: 7, 5 of programs, 3 of memory, 20 periods of budget]
+    /// Rounds; each measures every way once [default: 7, 5 of programs, 3 of memory, 20 periods of budget, 1 of leaks]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Only these programs, or loads of budget
+    /// Only these programs, or loads of budget or leaks
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Fail if a claim is not kept
@@ -77,6 +78,8 @@ enum What {
     Memory,
     /// Whether --max-overhead is kept
     Budget,
+    /// Whether what leaks is found within a budget, and how fast it does
+    Leaks,
     /// Hundreds of processes at once
     Host,
     /// Walking a stack, and the tables for it
@@ -84,11 +87,12 @@ enum What {
 }
 
 impl What {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Micro,
         Self::Programs,
         Self::Memory,
         Self::Budget,
+        Self::Leaks,
         Self::Host,
         Self::Unwind,
     ];
@@ -99,6 +103,7 @@ impl What {
             Self::Programs => "programs",
             Self::Memory => "memory",
             Self::Budget => "budget",
+            Self::Leaks => "leaks",
             Self::Host => "host",
             Self::Unwind => "unwind",
         }
@@ -110,6 +115,7 @@ impl What {
             Self::Programs => 5,
             Self::Memory => 3,
             Self::Budget => 20,
+            Self::Leaks => 1,
         }
     }
 
@@ -120,6 +126,7 @@ impl What {
             Self::Programs => programs::run(directory, rounds, &args.only, report),
             Self::Memory => memory::run(directory, rounds, report),
             Self::Budget => budget::run(directory, rounds, &args.only, report),
+            Self::Leaks => leaks::run(directory, rounds, &args.only, report),
             Self::Host => host::run(directory, rounds, report),
             Self::Unwind => unwind::run(directory, rounds, report),
         }

@@ -1,9 +1,9 @@
 //! What tracing costs real programs under load.
 
 mod gcc;
-mod nginx;
+pub(super) mod nginx;
 mod postgres;
-mod redis;
+pub(super) mod redis;
 mod reporting;
 mod server;
 

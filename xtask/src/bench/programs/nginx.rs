@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 use super::server::{Directory, Server, free_port};
 use crate::{
     bench::{
+        leaks::Preloaded,
         load::{Attachable, Load, Period, Running},
         process,
         way::Way,
@@ -16,11 +17,16 @@ use crate::{
 
 /// nginx as a load.
 pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
-    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Nginx::start(way)?)) };
+    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Nginx::start(way, None)?)) };
     let mut load = Attachable::new("nginx", "requests of wrk", directory, Box::new(start));
     // wrk counts in seconds.
     load.time = Duration::from_secs(3);
     Ok(Box::new(load))
+}
+
+/// nginx, which leaks.
+pub(in crate::bench) fn leaking(leak: &Preloaded) -> Result<Box<dyn Running>> {
+    Ok(Box::new(Nginx::start(Way::Native, Some(leak))?))
 }
 
 struct Nginx {
@@ -29,7 +35,7 @@ struct Nginx {
 }
 
 impl Nginx {
-    fn start(way: Way) -> Result<Self> {
+    fn start(way: Way, leak: Option<&Preloaded>) -> Result<Self> {
         let program = ["/usr/sbin/nginx".into()]
             .into_iter()
             .find(|path: &std::path::PathBuf| path.exists())
@@ -66,7 +72,10 @@ impl Nginx {
             "-e".into(),
             directory.0.join("error.log").into(),
         ];
-        let command = way.wrap(&words, &directory.0);
+        let mut command = way.wrap(&words, &directory.0);
+        if let Some(leak) = leak {
+            leak.give_to(&mut command);
+        }
         let server = Server::start(
             command,
             way,

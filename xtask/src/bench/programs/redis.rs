@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::server::{Directory, Server, free_port};
 use crate::{
     bench::{
+        leaks::Preloaded,
         load::{Attachable, Load, Period, Running},
         median, process,
         way::Way,
@@ -24,13 +25,18 @@ const COUNT: f64 = 5.0;
 
 /// redis as a load.
 pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
-    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Redis::start(way)?)) };
+    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Redis::start(way, None)?)) };
     Ok(Box::new(Attachable::new(
         "redis",
         "commands of redis-benchmark",
         directory,
         Box::new(start),
     )))
+}
+
+/// redis, which leaks.
+pub(in crate::bench) fn leaking(leak: &Preloaded) -> Result<Box<dyn Running>> {
+    Ok(Box::new(Redis::start(Way::Native, Some(leak))?))
 }
 
 struct Redis {
@@ -41,7 +47,7 @@ struct Redis {
 }
 
 impl Redis {
-    fn start(way: Way) -> Result<Self> {
+    fn start(way: Way, leak: Option<&Preloaded>) -> Result<Self> {
         let program = cmd::find_program("redis-server").context("failed to find redis-server")?;
         let directory = Directory::new("redis")?;
         let port = free_port()?;
@@ -49,7 +55,10 @@ impl Redis {
         words.extend(["--port", &port.to_string(), "--bind", "127.0.0.1"].map(OsString::from));
         words.extend(["--save", "", "--appendonly", "no", "--daemonize", "no"].map(OsString::from));
         words.extend(["--dir".into(), directory.0.clone().into()]);
-        let command = way.wrap(&words, &directory.0);
+        let mut command = way.wrap(&words, &directory.0);
+        if let Some(leak) = leak {
+            leak.give_to(&mut command);
+        }
         let server = Server::start(
             command,
             way,
