@@ -132,6 +132,14 @@ impl Process {
         })
     }
 
+    /// How often it has read or written by a system call; 0 if it is gone.
+    #[must_use]
+    pub fn transfers(&self) -> u64 {
+        let io =
+            procfs::process::Process::new(self.pid.cast_signed()).and_then(|process| process.io());
+        io.map_or(0, |io| io.syscr + io.syscw)
+    }
+
     /// Whether any thread of it is left.
     #[must_use]
     pub fn is_alive(&self) -> bool {

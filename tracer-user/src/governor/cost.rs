@@ -22,6 +22,8 @@ pub struct Reading {
     pub cpu_ns: u64,
     /// Of it, outside of the kernel; only where it is wanted.
     pub user_ns: u64,
+    /// How often they have read or written; likewise.
+    pub transfers: u64,
     /// Probes hit at functions' entries.
     pub entries: u64,
     /// And at their returns.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::windows::{Doubt, Estimate, Interval};
+use crate::windows::{Doubt, Estimate, Interval, Rank};
 
 /// What a site leaks a second.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,6 +23,9 @@ pub struct LeakRate {
     pub doubts: Vec<Doubt>,
     #[serde(skip)]
     allocs_per_s: Interval,
+    /// See [`Estimate`].
+    #[serde(skip)]
+    evidence: f64,
 }
 
 impl From<&Estimate> for LeakRate {
@@ -36,6 +39,7 @@ impl From<&Estimate> for LeakRate {
             watched_s: estimate.watched_s,
             doubts: estimate.doubts.clone(),
             allocs_per_s: estimate.allocs_per_s,
+            evidence: estimate.evidence,
         }
     }
 }
@@ -47,10 +51,10 @@ impl LeakRate {
         self.blocks_per_s.low > 0.0
     }
 
-    /// Bytes a second that are certain and that are likely.
+    /// Its place among others.
     #[must_use]
-    pub const fn rank(&self) -> (f64, f64) {
-        (self.bytes_per_s.low, self.bytes_per_s.estimate)
+    pub const fn rank(&self) -> Rank {
+        Rank::new(self.bytes_per_s, self.evidence)
     }
 
     /// Adds that of another site, which leaks by itself.
@@ -67,6 +71,7 @@ impl LeakRate {
         self.outlived += other.outlived;
         self.unresolved += other.unresolved;
         self.watched_s = self.watched_s.max(other.watched_s);
+        self.evidence = self.evidence.max(other.evidence);
         for doubt in &other.doubts {
             if !self.doubts.contains(doubt) {
                 self.doubts.push(*doubt);

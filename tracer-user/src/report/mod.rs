@@ -349,11 +349,9 @@ impl ProcessReport {
 impl SiteReport {
     /// Puts those that leak most first, where that is known, and then those that hold most.
     pub fn sort(sites: &mut [Self]) {
-        let rate = |site: &Self| site.leak_rate.as_ref().map_or((0.0, 0.0), LeakRate::rank);
         sites.sort_by(|a, b| {
-            // What is certain first, then what is likely.
-            let ((a_low, a_likely), (b_low, b_likely)) = (rate(a), rate(b));
-            let by_rate = b_low.total_cmp(&a_low).then(b_likely.total_cmp(&a_likely));
+            let rank = |site: &Self| site.leak_rate.as_ref().map(LeakRate::rank);
+            let by_rate = rank(b).cmp(&rank(a));
             if by_rate != Ordering::Equal {
                 return by_rate;
             }

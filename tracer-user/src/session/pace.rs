@@ -377,13 +377,15 @@ impl Pace {
             let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
             let Ok(cpu) = cpu else { continue };
             let state = session.tracer.instance(*instance);
+            let (user_ns, transfers) = match in_windows {
+                true => (target.process.user_ns(), target.process.transfers()),
+                false => (0, 0),
+            };
             let reading = Reading {
                 at_ns: monotonic_ns(),
                 cpu_ns: Duration::from(cpu).as_nanos() as u64,
-                user_ns: match in_windows {
-                    true => target.process.user_ns(),
-                    false => 0,
-                },
+                user_ns,
+                transfers,
                 entries: state.entries,
                 returns: state.returns,
             };

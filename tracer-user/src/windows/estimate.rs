@@ -1,6 +1,6 @@
 //! From what windows have told of a site to its leak rate.
 
-use std::fmt;
+use std::{cmp::Ordering, fmt};
 
 use serde::Serialize;
 
@@ -132,6 +132,34 @@ impl fmt::Display for Doubt {
     }
 }
 
+/// The place of a site among others, the greater the more it matters: by what is certain; then by how near it is to
+/// certainty, since a figure that little is known of can be large; then by the figure.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rank([f64; 3]);
+
+impl Eq for Rank {}
+
+impl Ord for Rank {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let pairs = self.0.iter().zip(&other.0);
+        pairs.fold(Ordering::Equal, |order, (ours, theirs)| {
+            order.then(ours.total_cmp(theirs))
+        })
+    }
+}
+
+impl PartialOrd for Rank {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Rank {
+    pub(crate) const fn new(bytes_per_s: Interval, evidence: f64) -> Self {
+        Self([bytes_per_s.low, evidence, bytes_per_s.estimate])
+    }
+}
+
 /// What a site leaks, as far as windows tell.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Estimate {
@@ -149,6 +177,9 @@ pub struct Estimate {
     pub unresolved: u64,
     /// Age up to which blocks were watched, in seconds.
     pub watched_s: f64,
+    /// How near the data are to certainty: above 0 where every doubt that figures can rule out is ruled out, the
+    /// lower the more is missing.
+    pub evidence: f64,
     /// What to say about the interval.
     pub doubts: Vec<Doubt>,
 }
@@ -356,10 +387,13 @@ impl Estimate {
             before_s += cohort.intake_s;
         }
         let judged = if mature.outlived > 0.0 { mature } else { all };
-        let resolved_lump = site.resolved.lump();
+        // What came together may go together, seen or not; as far as that is no accident.
+        let accident = 1.0 + 2.0 * (2.0 / f64::from(model.windows()).max(1.0)).sqrt();
+        let together = (lump / accident).max(1.0);
+        let resolved_lump = site.resolved.lump().max(together);
         let found = counters.old_frees as f64 + counters.reused as f64;
         // Frees seen, over the fraction of the time in which they are: all frees, reused or not.
-        let by_seen = least(counters.old_frees as f64, resolved_lump, z) / duty;
+        let by_seen = least(counters.old_frees as f64, site.resolved.lump(), z) / duty;
         let unnoticed = (by_seen / found.max(1.0)).max(1.0);
         if unnoticed > 1.0 {
             doubts.push(Doubt::ReuseRare);
@@ -371,35 +405,38 @@ impl Estimate {
             estimate: (1.0 - unnoticed * died / outlived).max(0.0),
             high: (most(judged.unresolved, 1.0, z) / outlived).min(1.0),
         };
+        let mut evidence = f64::NEG_INFINITY;
         if mature.outlived > 0.0 {
             let (factor, tested) = deaths_per_resolved(site, peers, duty);
             // Most deaths are soon after the window, where few windows are to see them.
             let died = most(died, resolved_lump, z) * (2.0 * factor).min(1.0 / duty);
             let late = Late::of(&site.ages[first_bin..]);
             let per_resolved = factor / late.exposure.max(f64::MIN_POSITIVE);
-            let hazard = most(late.resolved, late.lump(), z) * per_resolved;
-            let least_hazard = (most(0.0, 1.0, z) * per_resolved / COST_OF_DOUBT)
+            let hazard = most(late.resolved, late.lump().max(together), z) * per_resolved;
+            let least_hazard = (most(0.0, together, z) * per_resolved / COST_OF_DOUBT)
                 .clamp(LEAST_HAZARD_OF_MANY, LEAST_HAZARD);
             let octave = site.last_octave as f64;
             let dying = most(octave, 1.0, z) / (octave + survivors.sum()).max(1.0);
             let ending = site.ending_unseen * most(site.ending, 1.0, z) / site.ending.max(1.0);
             let beyond_window = (-dying * model.prolongation()).exp()
                 * (1.0 - ending / survivors.sum().max(1.0)).max(0.0);
-            let certain = beyond_window
-                * (1.0 - died / outlived).max(0.0)
-                * (1.0 - hazard / least_hazard).max(0.0);
+            let [alive, level] = [1.0 - died / outlived, 1.0 - hazard / least_hazard];
+            evidence = alive.min(level);
+            let certain = beyond_window * alive.max(0.0) * level.max(0.0);
             remaining.low = certain.min(remaining.estimate);
             if unnoticed > 1.0 {
                 let young = counters.young_old_frees(model.longest_s()) as f64;
                 let seen = counters.old_frees as f64 + (YOUNG_FREES - 1.0) * young;
                 let died = most(seen, resolved_lump, Z_OF_SEEN) / duty;
-                let alive = (1.0 - died / all.outlived.max(1.0)).max(0.0);
-                remaining.low = remaining.low.min(alive);
+                let alive = 1.0 - died / all.outlived.max(1.0);
+                evidence = evidence.min(alive);
+                remaining.low = remaining.low.min(alive.max(0.0));
             }
             let level = is_level(&site.ages[first_bin..]);
             if !level && late.resolved > 0.0 {
                 doubts.push(Doubt::NotLevel);
                 remaining.low = 0.0;
+                evidence = f64::NEG_INFINITY;
             }
             if model.prolongation().is_infinite() {
                 doubts.push(Doubt::NoDrain);
@@ -432,6 +469,7 @@ impl Estimate {
         }
         if site.inconsistent > 0 {
             blocks_per_s.low = 0.0;
+            evidence = f64::NEG_INFINITY;
             doubts.push(Doubt::Inconsistent);
         }
         if mean_bytes(site) >= HUGE_BYTES {
@@ -477,6 +515,7 @@ impl Estimate {
             outlived: all.outlived as u64,
             unresolved: all.unresolved as u64,
             watched_s,
+            evidence,
             doubts,
         }
     }

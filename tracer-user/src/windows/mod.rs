@@ -15,7 +15,7 @@ mod schedule;
 mod simulation;
 
 pub use cohorts::Survival;
-pub use estimate::{Doubt, Estimate, Interval};
+pub use estimate::{Doubt, Estimate, Interval, Rank};
 pub use model::{Model, Reading, Speed, Window};
 pub use replay::Replay;
 pub use schedule::Schedule;

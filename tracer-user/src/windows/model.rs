@@ -9,7 +9,7 @@ use tracer_common::{
 
 use super::{
     cohorts::{Change, Cohorts, Members, Survival, seconds},
-    estimate::{Calibration, Estimate},
+    estimate::{Calibration, Estimate, Rank},
     limits::Spread,
 };
 
@@ -342,7 +342,7 @@ impl Model {
         self.windows
     }
 
-    /// What all sites leak, those first for which most bytes a second are certain.
+    /// What all sites leak, by their [`Rank`].
     #[must_use]
     pub fn estimates(&self) -> Vec<(u32, Estimate)> {
         let calibration = Calibration::of(self.sites.values());
@@ -352,12 +352,8 @@ impl Model {
             .map(|(&id, site)| (id, Estimate::of(self, site, &calibration)))
             .collect();
         estimates.sort_by(|(id, one), (other_id, other)| {
-            let key = |estimate: &Estimate| estimate.bytes_per_s;
-            key(other)
-                .low
-                .total_cmp(&key(one).low)
-                .then(key(other).estimate.total_cmp(&key(one).estimate))
-                .then(id.cmp(other_id))
+            let rank = |estimate: &Estimate| Rank::new(estimate.bytes_per_s, estimate.evidence);
+            rank(other).cmp(&rank(one)).then(id.cmp(other_id))
         });
         estimates
     }

@@ -358,7 +358,23 @@ fn leaks_that_come_in_bursts_are_covered() {
 #[test]
 fn what_is_freed_in_the_end_is_not_accused() {
     const ALONE: Scenario = STEADY;
-    let scenarios: [(&str, Scenario); 19] = [
+    // A queue is filled for two seconds of ten, and emptied in the next two, the last first.
+    const QUEUE: Scenario = Scenario {
+        short_per_s: 20_000.0,
+        long_per_s: |at_s| if at_s % 10.0 < 2.0 { 1500.0 } else { 0.0 },
+        end: |_, birth_s| birth_s + 2.0 * (2.0 - birth_s % 10.0),
+        reused: 0.05,
+        ..ALONE
+    };
+    let scenarios: [(&str, Scenario); 21] = [
+        ("a queue", QUEUE),
+        (
+            "a queue, all freed at once",
+            Scenario {
+                end: |_, birth_s| birth_s - birth_s % 10.0 + 4.0,
+                ..QUEUE
+            },
+        ),
         (
             "cache of 30 to 60 s",
             Scenario {
