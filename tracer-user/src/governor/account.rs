@@ -54,8 +54,9 @@ impl Account {
         self.spent_ns / 1e9
     }
 
-    pub(super) fn overhead(&self) -> f64 {
-        self.spent_ns / self.own_ns.max(1.0)
+    /// With more of the target's own time than was added.
+    pub(super) fn overhead(&self, more_own_ns: f64) -> f64 {
+        self.spent_ns / (self.own_ns + more_own_ns).max(1.0)
     }
 
     /// How long it takes until what was spent is what may be, if no more is; negative if there is something

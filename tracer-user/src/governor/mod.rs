@@ -218,10 +218,16 @@ impl Governor {
         &mut self.costs
     }
 
-    /// Overhead so far, as a share of the target's own processor time.
+    /// Overhead so far, as a share of the target's own processor time, of which so many nanoseconds were not taken up
+    /// yet.
     #[must_use]
-    pub fn overhead(&self) -> f64 {
-        self.account.overhead()
+    pub fn overhead(&self, rested_ns: u64) -> f64 {
+        self.account.overhead(rested_ns as f64)
+    }
+
+    /// Takes up processor time of the target in a pause, in nanoseconds.
+    pub fn rested(&mut self, own_ns: u64) {
+        self.account.add(0.0, own_ns as f64);
     }
 
     /// Processor time that tracing took so far, in seconds.
@@ -436,7 +442,8 @@ impl Governor {
         let cores = self.account.cores();
         let ahead_s = self.account.ahead_s(self.allowed(cores), cores);
         let mean_s = self.mean_gap_s();
-        let gap = self.schedule().gap(random, ahead_s);
+        // At its end, all of a window is paid: half of it too much there is right on average.
+        let gap = self.schedule().gap(random, ahead_s - mean_s / 2.0);
         // What a gear cost that was too much is paid back at once.
         if ahead_s > 2.0 * mean_s {
             return Duration::from_secs_f64(ahead_s.min(TOO_FAR_APART_S)).max(gap);

@@ -134,6 +134,25 @@ impl Meters {
         self.sum.entries += now.entries.saturating_sub(before.entries);
         self.sum.returns += now.returns.saturating_sub(before.returns);
     }
+
+    /// Processor time of the targets since they were last read, in nanoseconds.
+    fn unread_ns(&self, session: &Session) -> u64 {
+        let since = |(instance, target): (&u32, &Target)| {
+            let before = self.by_instance.get(instance)?;
+            Some(cpu_ns(target)?.saturating_sub(before.cpu_ns))
+        };
+        session.targets.iter().filter_map(since).sum()
+    }
+}
+
+/// Processor time that a process has taken, in nanoseconds; none if it has ended.
+fn cpu_ns(target: &Target) -> Option<u64> {
+    if target.end.is_some() {
+        return None;
+    }
+    let pid = Pid::from_raw(target.process.pid.cast_signed());
+    let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
+    Some(Duration::from(cpu.ok()?).as_nanos() as u64)
 }
 
 /// How a budget was kept.
@@ -276,9 +295,14 @@ impl Session {
     /// How the budget was kept.
     pub(super) fn budget_report(&self) -> Option<BudgetReport> {
         let pace = self.pace.as_ref()?;
+        // Since probes were taken away last, nothing was spent.
+        let rested_ns = match pace.phase {
+            Phase::Gap { .. } | Phase::Paused => pace.meters.unread_ns(self),
+            _ => 0,
+        };
         Some(BudgetReport {
             max_percent: pace.governor.budget().share * 100.0,
-            percent: pace.governor.overhead() * 100.0,
+            percent: pace.governor.overhead(rested_ns) * 100.0,
             processors: pace.governor.spent_s() / self.recorded_s().max(1e-9),
             spare_processors: pace.governor.budget().spare,
             changes: pace.changes.clone(),
@@ -370,12 +394,9 @@ impl Pace {
     fn read(&mut self, session: &Session) -> Reading {
         let in_windows = self.governor.gear() == Gear::Windows;
         for (instance, target) in &session.targets {
-            if target.end.is_some() {
+            let Some(cpu_ns) = cpu_ns(target) else {
                 continue;
-            }
-            let pid = Pid::from_raw(target.process.pid.cast_signed());
-            let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
-            let Ok(cpu) = cpu else { continue };
+            };
             let state = session.tracer.instance(*instance);
             let (user_ns, transfers) = match in_windows {
                 true => (target.process.user_ns(), target.process.transfers()),
@@ -383,7 +404,7 @@ impl Pace {
             };
             let reading = Reading {
                 at_ns: monotonic_ns(),
-                cpu_ns: Duration::from(cpu).as_nanos() as u64,
+                cpu_ns,
                 user_ns,
                 transfers,
                 entries: state.entries,
@@ -423,6 +444,7 @@ impl Pace {
             Phase::Gap { last, gone } => self.open(last, &gone, session)?,
             Phase::Open(open) => self.close(open, session),
             Phase::Paused => {
+                self.governor.rested(self.meters.unread_ns(session));
                 let change = self.governor.resume();
                 self.enter(change, session)?;
             }
