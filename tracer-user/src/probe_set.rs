@@ -65,10 +65,12 @@ impl ProbeSet {
             return Ok(());
         }
         let path = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        // All or none: half of them would be taken for all.
+        let mut all = Vec::new();
         for (program, points) in &self.points {
-            let links = tracer.attach(*program, &path, points, self.scope)?;
-            self.links.extend(links);
+            all.extend(tracer.attach(*program, &path, points, self.scope)?);
         }
+        self.links = all;
         Ok(())
     }
 

@@ -402,15 +402,12 @@ impl Governor {
         if let Some(change) = self.shift_up(cores, gone.at_ns) {
             return Some(change);
         }
-        if self.mean_gap_s() > TOO_FAR_APART_S {
-            let before = self.window;
-            if self.windows_or_pause(cores) == Gear::Paused {
-                let reason = format!(
-                    "not even windows of {} a minute apart would have done",
-                    duration(before.as_secs_f64())
-                );
-                return Some(self.enter(Gear::Paused, reason));
-            }
+        if self.mean_gap_s() > TOO_FAR_APART_S && self.windows_or_pause(cores) == Gear::Paused {
+            let reason = format!(
+                "not even windows of {} a minute apart would have done",
+                duration(self.window.as_secs_f64())
+            );
+            return Some(self.enter(Gear::Paused, reason));
         }
         None
     }

@@ -66,8 +66,12 @@ impl Speedometer {
             cost_ns,
         } = self;
         let rate = |of_ns: f64, time: &Time| of_ns / time.time_ns.max(1.0);
+        // Tracing makes nobody faster, and slower by what it costs at most: the rest is windows that happened to see
+        // more or less than others, which is as it should be.
+        let slowest = 1.0 - cost_ns * (1.0 + COST_ERROR) / traced.cpu_ns.max(1.0);
+        let slowest = slowest.clamp(0.01, 1.0);
         let ratio = |now: f64, else_: f64| match else_ > 0.0 {
-            true => (now / else_).clamp(0.01, 100.0),
+            true => (now / else_).clamp(slowest, 1.0),
             false => 1.0,
         };
         let own_ns = (traced.cpu_ns - cost_ns).max(traced.cpu_ns / 20.0);

@@ -267,7 +267,7 @@ impl Session {
         // A child that was forked has its parent's segments until its own are published.
         self.tracer.inherit_code(instance);
         let mut target = Target::of_instance(process, instance);
-        target.from_start = true;
+        target.from_start = self.traces_all_the_time();
         self.add(target);
         self.probe_late(instance);
         if let Err(error) = self.hook_loader(instance) {

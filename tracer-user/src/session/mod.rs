@@ -302,10 +302,12 @@ impl Session {
             &mut self.attachments,
             &self.wanted,
             &self.definitions,
-        )?;
-        self.library.want(&target.space)?;
+        );
+        let wanted = self.library.want(&target.space);
+        // Whatever failed, some may stand.
         self.take_new_away();
-        Ok(probes)
+        wanted?;
+        probes
     }
 
     /// Looks at what the targets have mapped, and decides which files' probes are for all processes.

@@ -1,11 +1,12 @@
 //! Which gear a session is in: its probes are taken away and put back as the [`Governor`] says.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use anyhow::ensure;
 use nix::{time::clock_getcpuclockid, unistd::Pid};
 use serde::Serialize;
 use tracer_common::site::Site;
@@ -99,6 +100,8 @@ struct Open {
     closed: Reading,
     /// When it was opened, by instance.
     opened: Snapshot,
+    /// Instances that lack probes in it.
+    blind: HashSet<u32>,
 }
 
 /// What was counted of every instance up to a moment.
@@ -113,6 +116,8 @@ struct Regime {
     /// By instance.
     paces: HashMap<u32, Speedometer>,
     windows: u32,
+    /// Processes whose probes could not be put back, in all windows.
+    blind: u32,
     open_ns: u64,
     intake_ns: u64,
     /// The window that is open, on the clock.
@@ -200,6 +205,8 @@ pub struct WindowsReport {
     pub until_s: f64,
     /// How many.
     pub count: u32,
+    /// Processes whose probes could not be put back for a window, in all of them.
+    pub blind: u32,
     /// How long frees were recorded, in seconds in all.
     pub open_s: f64,
     /// How long new blocks were.
@@ -262,6 +269,12 @@ impl Session {
         })
     }
 
+    /// Whether every call is recorded, or a sample of all, at present.
+    pub(super) fn traces_all_the_time(&self) -> bool {
+        let pace = self.pace.as_ref();
+        pace.is_none_or(|pace| matches!(pace.phase, Phase::Tracing))
+    }
+
     /// Ends what is under way. Gives probes to be taken away.
     pub(super) fn stop_pace(&mut self) -> Vec<links::Link> {
         let mut links = Vec::new();
@@ -296,8 +309,13 @@ impl Session {
     pub(super) fn budget_report(&self) -> Option<BudgetReport> {
         let pace = self.pace.as_ref()?;
         // Since probes were taken away last, nothing was spent.
-        let rested_ns = match pace.phase {
+        let rested_ns = match &pace.phase {
             Phase::Gap { .. } | Phase::Paused => pace.meters.unread_ns(self),
+            Phase::Open(open)
+            | Phase::Leaving {
+                from: From::Window(open),
+                ..
+            } => open.begin.cpu_ns.saturating_sub(open.last.cpu_ns),
             _ => 0,
         };
         Some(BudgetReport {
@@ -323,6 +341,7 @@ impl Session {
             since_s: seconds(regime.since_ns.saturating_sub(self.started_ns)),
             until_s: seconds(regime.until_ns.saturating_sub(self.started_ns)),
             count: regime.windows,
+            blind: regime.blind,
             open_s: seconds(regime.open_ns),
             intake_s: seconds(regime.intake_ns),
         })
@@ -344,6 +363,7 @@ impl Session {
                 pace.meters.by_instance.remove(&instance);
                 if let Some(regime) = &mut pace.regime {
                     regime.models.remove(&instance);
+                    regime.paces.remove(&instance);
                 }
             }
         }
@@ -364,20 +384,25 @@ impl Session {
         }
     }
 
-    /// Attaches the probes again that were taken away.
-    fn put_back(&mut self) -> anyhow::Result<()> {
-        self.attachments.put_back(&mut self.tracer)?;
-        for target in self.targets.values_mut() {
+    /// Attaches the probes again that were taken away. Gives the instances that lack some.
+    fn put_back(&mut self) -> HashSet<u32> {
+        let mut lacking = HashSet::new();
+        if let Err(error) = self.attachments.put_back(&mut self.tracer) {
+            log::warn!("{error:#}");
+            lacking.extend(self.targets.keys());
+        }
+        for (instance, target) in &mut self.targets {
             if target.end.is_none()
                 && let Err(error) = target.put_back(&mut self.tracer)
             {
-                // It is gone, which is told when it is noticed.
+                // Else it is gone, which is told when it is noticed.
                 if target.process.is_alive() {
-                    return Err(error);
+                    log::warn!("{error:#}");
+                    lacking.insert(*instance);
                 }
             }
         }
-        Ok(())
+        lacking
     }
 
     /// Mean size of the blocks allocated so far, in bytes.
@@ -501,14 +526,22 @@ impl Pace {
                     self.sample_bytes.unwrap_or_else(chosen)
                 });
                 if are_away {
-                    session.put_back()?;
+                    let lacking = session.put_back();
+                    ensure!(
+                        lacking.is_empty(),
+                        "failed to put the probes of {} processes back",
+                        lacking.len()
+                    );
                 }
                 session
                     .tracer
                     .record_on(sample_bytes, are_away, monotonic_ns());
                 session.sampled_bytes = session.sampled_bytes.max(sample_bytes);
                 self.phase = Phase::Tracing;
-                self.due = Instant::now() + TICK;
+                // From here on it is judged, and soon.
+                let reading = self.read(session);
+                self.governor.tick(reading);
+                self.due = Instant::now() + FIRST_TICK;
             }
             Gear::Windows | Gear::Paused => {
                 if are_away {
@@ -597,7 +630,7 @@ impl Pace {
             }
         }
         self.count_runs(session, WINDOWS_BETWEEN_COUNTS);
-        session.put_back()?;
+        let blind = session.put_back();
         let schedule = self.governor.schedule();
         let opened_ns = monotonic_ns();
         let Some(regime) = &mut self.regime else {
@@ -624,6 +657,7 @@ impl Pace {
             begin,
             closed: begin,
             opened: self.meters.by_instance.clone(),
+            blind,
         });
         // Programs that were at it when recording ended are done then.
         self.due = Instant::now() + schedule.window() + Duration::from_millis(1);
@@ -645,6 +679,7 @@ impl Pace {
             models,
             paces: HashMap::new(),
             windows: 0,
+            blind: 0,
             open_ns: 0,
             intake_ns: 0,
             current: Window {
@@ -661,46 +696,50 @@ impl Pace {
         if let Some((_, before)) = self.counting.take() {
             self.take_count(session, before);
         }
-        let sites = session.heap_sites();
-        if let Some(regime) = &mut self.regime {
-            let Window {
-                opened_ns,
-                intake_ended_ns,
-                closed_ns,
-                ..
-            } = regime.current;
-            regime.windows += 1;
-            regime.open_ns += closed_ns - opened_ns;
-            regime.intake_ns += intake_ended_ns - opened_ns;
-            regime.until_ns = closed_ns;
-            for (instance, target) in &session.targets {
-                let sites: &[(u32, Site)] = sites.get(instance).map_or(&[], Vec::as_slice);
-                let readings = sites.iter().map(|(id, site)| (*id, SiteReading::of(site)));
-                let armed_at_ns = session.tracer.instance(*instance).armed_at_ns;
-                let model = regime.models.entry(*instance).or_default();
-                if armed_at_ns > opened_ns {
-                    // It came in the middle of it.
-                    model.begin(readings);
-                    continue;
-                }
-                if let (Some(opened), Some(closed)) = (
-                    open.opened.get(instance),
-                    self.meters.by_instance.get(instance),
-                ) {
-                    let pace = regime.paces.entry(*instance).or_default();
-                    pace.traced(opened, closed, self.governor.cost_ns(opened, closed));
-                    model.set_speed(pace.speed());
-                    log::info!("PID {}: {:?}", target.process.pid, pace.speed());
-                }
-                // On the clock of its birth slices.
-                let window = Window {
-                    opened_ns: opened_ns - armed_at_ns,
-                    intake_ended_ns: intake_ended_ns - armed_at_ns,
-                    closed_ns: closed_ns - armed_at_ns,
-                };
-                model.push(&window, readings);
-            }
-        }
+        let opened = std::mem::take(&mut open.opened);
+        let blind = std::mem::take(&mut open.blind);
+        // First: until they are gone, calls pay for probes that record nothing.
         self.leave(From::Window(open), session);
+        let sites = session.heap_sites();
+        let Some(regime) = &mut self.regime else {
+            return;
+        };
+        let Window {
+            opened_ns,
+            intake_ended_ns,
+            closed_ns,
+        } = regime.current;
+        regime.windows += 1;
+        regime.blind += blind.len() as u32;
+        regime.open_ns += closed_ns - opened_ns;
+        regime.intake_ns += intake_ended_ns - opened_ns;
+        regime.until_ns = closed_ns;
+        let running = session.targets.iter();
+        for (instance, target) in running.filter(|(_, target)| target.end.is_none()) {
+            let sites: &[(u32, Site)] = sites.get(instance).map_or(&[], Vec::as_slice);
+            let readings = sites.iter().map(|(id, site)| (*id, SiteReading::of(site)));
+            let armed_at_ns = session.tracer.instance(*instance).armed_at_ns;
+            let model = regime.models.entry(*instance).or_default();
+            // Not yet recorded, or since the middle of it, or not in all.
+            if armed_at_ns == 0 || armed_at_ns > opened_ns || blind.contains(instance) {
+                model.begin(readings);
+                continue;
+            }
+            if let (Some(opened), Some(closed)) =
+                (opened.get(instance), self.meters.by_instance.get(instance))
+            {
+                let pace = regime.paces.entry(*instance).or_default();
+                pace.traced(opened, closed, self.governor.cost_ns(opened, closed));
+                model.set_speed(pace.speed());
+                log::info!("PID {}: {:?}", target.process.pid, pace.speed());
+            }
+            // On the clock of its birth slices.
+            let window = Window {
+                opened_ns: opened_ns - armed_at_ns,
+                intake_ended_ns: intake_ended_ns - armed_at_ns,
+                closed_ns: closed_ns - armed_at_ns,
+            };
+            model.push(&window, readings);
+        }
     }
 }

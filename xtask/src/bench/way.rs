@@ -141,6 +141,8 @@ impl Way {
             Self::Valgrind => {
                 let mut command = Command::new("valgrind");
                 command.args(["--tool=memcheck", "--leak-check=full"]);
+                // Else a thread that never waits keeps those that are to speak from doing so.
+                command.arg("--fair-sched=try");
                 let mut log = OsString::from("--log-file=");
                 log.push(directory.join("valgrind.log"));
                 command.arg(log);

@@ -49,9 +49,13 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
             writeln!(to, "  {} {}", count(number), missed.effect())?;
         }
     } else if report.mode == "windows" {
+        let but = match report.everything().any(misses_calls) {
+            true => ", but for what is marked with ! above",
+            false => "",
+        };
         writeln!(
             to,
-            "While probes stood, every call was seen. They did not all the time."
+            "While probes stood, every call was seen{but}. They did not all the time."
         )?;
     } else if report.everything().any(misses_calls) {
         writeln!(

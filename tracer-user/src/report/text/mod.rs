@@ -367,13 +367,55 @@ fn write_windows(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let share = windows.intake_s / (windows.until_s - windows.since_s).max(f64::MIN_POSITIVE);
     writeln!(
         to,
-        "  Recorded in {} of {}, which is {:.1} % of the time: these figures are of blocks\n  \
-         allocated then, and \"not freed\" includes those whose free was not seen. What is leaked is\n  \
-         estimated for each site.\n",
+        "  Recorded in {} of {} from {} to {} after the start, which is {:.1} % of that time{}:\n  \
+         these figures are of blocks allocated then, and \"not freed\" includes those whose free was not seen.\n  \
+         What was leaked between the first window and the last is estimated for each site.\n",
         counted(u64::from(windows.count), "window"),
         duration(windows.open_s / f64::from(windows.count)),
+        duration(windows.since_s),
+        duration(windows.until_s),
         share * 100.0,
-    )
+        otherwise(report),
+    )?;
+    if windows.blind > 0 {
+        writeln!(
+            to,
+            "  {} could not be put back into a process for a window, which does not count for it.\n",
+            counted(u64::from(windows.blind), "probe set")
+        )?;
+    }
+    Ok(())
+}
+
+/// What else the session did for more than a moment, as a clause.
+fn otherwise(report: &Report) -> String {
+    /// Until the gear is found that will do, in milliseconds.
+    const MOMENT_MS: u64 = 2000;
+    let Some(budget) = &report.budget else {
+        return String::new();
+    };
+    let first = match report.filters.sample_bytes {
+        Some(_) => "sampled",
+        None => "exact",
+    };
+    let changes = budget.changes.iter();
+    let gears = std::iter::once(first).chain(changes.clone().map(|change| change.gear));
+    let ends_ms = changes
+        .map(|change| change.at_ms)
+        .chain(std::iter::once((report.duration_s * 1e3) as u64));
+    let mut others: Vec<&str> = Vec::new();
+    let mut since_ms = 0;
+    for (gear, end_ms) in gears.zip(ends_ms) {
+        if gear != "windows" && end_ms - since_ms.min(end_ms) > MOMENT_MS && !others.contains(&gear)
+        {
+            others.push(gear);
+        }
+        since_ms = end_ms;
+    }
+    match others.is_empty() {
+        true => String::new(),
+        false => format!(" (for the rest: {})", others.join(", ")),
+    }
 }
 
 /// What a site leaks, where that is known.
