@@ -109,9 +109,9 @@ impl Calibrator {
         // As allocating functions are probed.
         let returns: &[_] = match tracer.attacher().has_sessions() {
             true => &[ProbeProgram::NothingCall],
-            false => &[ProbeProgram::FreeEnter, ProbeProgram::AllocExit],
+            false => &[ProbeProgram::NothingEnter, ProbeProgram::NothingExit],
         };
-        let entries = [(ProbeProgram::FreeEnter, vec![emulated, single_stepped])];
+        let entries = [(ProbeProgram::NothingEnter, vec![emulated, single_stepped])];
         let returns = returns.iter().map(|program| (*program, vec![returning]));
         for (program, points) in entries.into_iter().chain(returns) {
             match tracer.attach(program, &file, &points, Scope::Process(pid)) {

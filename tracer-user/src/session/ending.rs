@@ -87,6 +87,7 @@ impl Session {
         if instances.is_empty() {
             return Ok(());
         }
+        self.settle_pace();
         let sites = self.sites(|instance| instances.contains(&instance));
         let with_blocks: HashSet<u32> = sites
             .iter()

@@ -132,8 +132,19 @@ struct Meters {
 }
 
 impl Meters {
-    fn add(&mut self, instance: u32, now: Reading) {
-        let before = self.by_instance.insert(instance, now).unwrap_or(now);
+    /// What was read of an instance last. Before it was armed, nothing was hit; its process had taken processor time
+    /// then, all but what it can have taken since.
+    fn before(&self, instance: u32, armed_at_ns: u64, cpu_ns: u64) -> Reading {
+        let before = self.by_instance.get(&instance).copied();
+        before.unwrap_or_else(|| Reading {
+            at_ns: armed_at_ns,
+            cpu_ns: cpu_ns.saturating_sub(monotonic_ns().saturating_sub(armed_at_ns)),
+            ..Reading::default()
+        })
+    }
+
+    fn add(&mut self, instance: u32, before: &Reading, now: Reading) {
+        self.by_instance.insert(instance, now);
         self.sum.at_ns = now.at_ns;
         self.sum.cpu_ns += now.cpu_ns.saturating_sub(before.cpu_ns);
         self.sum.entries += now.entries.saturating_sub(before.entries);
@@ -356,6 +367,14 @@ impl Session {
         })
     }
 
+    /// Takes up what processes have cost that are about to be forgotten.
+    pub(super) fn settle_pace(&mut self) {
+        if let Some(mut pace) = self.pace.take() {
+            pace.read(self);
+            self.pace = Some(pace);
+        }
+    }
+
     /// Forgets sites whose numbers are given to others, and instances.
     pub(super) fn forget_windows(&mut self, instances: impl Iterator<Item = u32>) {
         if let Some(pace) = &mut self.pace {
@@ -419,23 +438,30 @@ impl Pace {
     fn read(&mut self, session: &Session) -> Reading {
         let in_windows = self.governor.gear() == Gear::Windows;
         for (instance, target) in &session.targets {
-            let Some(cpu_ns) = cpu_ns(target) else {
-                continue;
-            };
             let state = session.tracer.instance(*instance);
-            let (user_ns, transfers) = match in_windows {
-                true => (target.process.user_ns(), target.process.transfers()),
-                false => (0, 0),
-            };
-            let reading = Reading {
-                at_ns: monotonic_ns(),
+            if state.armed_at_ns == 0 {
+                continue;
+            }
+            let alive_cpu_ns = cpu_ns(target);
+            let cpu_ns = alive_cpu_ns.unwrap_or(0);
+            let before = self.meters.before(*instance, state.armed_at_ns, cpu_ns);
+            let now_ns = target.end_ns.unwrap_or_else(monotonic_ns);
+            let mut reading = Reading {
+                at_ns: now_ns,
                 cpu_ns,
-                user_ns,
-                transfers,
+                user_ns: before.user_ns,
+                transfers: before.transfers,
                 entries: state.entries,
                 returns: state.returns,
             };
-            self.meters.add(*instance, reading);
+            if alive_cpu_ns.is_none() {
+                // Nobody knows any more. It is taken to have been busy.
+                reading.cpu_ns = before.cpu_ns + now_ns.saturating_sub(before.at_ns);
+            } else if in_windows {
+                reading.user_ns = target.process.user_ns();
+                reading.transfers = target.process.transfers();
+            }
+            self.meters.add(*instance, &before, reading);
         }
         self.meters.sum.at_ns = monotonic_ns();
         self.meters.sum
