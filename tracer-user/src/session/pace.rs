@@ -78,7 +78,7 @@ enum Phase {
     /// They stand, and will not for long.
     Open(Open),
     /// They are away until the pause is over.
-    Paused,
+    Paused { last: Reading },
 }
 
 /// What was under way when probes began to be taken away.
@@ -151,13 +151,49 @@ impl Meters {
         self.sum.returns += now.returns.saturating_sub(before.returns);
     }
 
-    /// Processor time of the targets since they were last read, in nanoseconds.
-    fn unread_ns(&self, session: &Session) -> u64 {
-        let since = |(instance, target): (&u32, &Target)| {
-            let before = self.by_instance.get(instance)?;
-            Some(cpu_ns(target)?.saturating_sub(before.cpu_ns))
+    /// An instance before, and now; none while it is not recorded. With `in_windows`, also what its speed is told
+    /// by.
+    fn look(
+        &self,
+        session: &Session,
+        instance: u32,
+        target: &Target,
+        in_windows: bool,
+    ) -> Option<(Reading, Reading)> {
+        let state = session.tracer.instance(instance);
+        if state.armed_at_ns == 0 {
+            return None;
+        }
+        let alive_cpu_ns = cpu_ns(target);
+        let cpu_ns = alive_cpu_ns.unwrap_or(0);
+        let before = self.before(instance, state.armed_at_ns, cpu_ns);
+        let now_ns = target.end_ns.unwrap_or_else(monotonic_ns);
+        let mut now = Reading {
+            at_ns: now_ns,
+            cpu_ns,
+            user_ns: before.user_ns,
+            transfers: before.transfers,
+            entries: state.entries,
+            returns: state.returns,
         };
-        session.targets.iter().filter_map(since).sum()
+        if alive_cpu_ns.is_none() {
+            // Nobody knows any more. It is taken to have been busy.
+            now.cpu_ns = before.cpu_ns + now_ns.saturating_sub(before.at_ns);
+        } else if in_windows {
+            now.user_ns = target.process.user_ns();
+            now.transfers = target.process.transfers();
+        }
+        Some((before, now))
+    }
+
+    /// Processor time of the targets since a reading of all, in nanoseconds.
+    fn rested_ns(&self, session: &Session, last: &Reading) -> u64 {
+        let unread = |(instance, target): (&u32, &Target)| {
+            let (before, now) = self.look(session, *instance, target, false)?;
+            Some(now.cpu_ns.saturating_sub(before.cpu_ns))
+        };
+        let unread_ns: u64 = session.targets.iter().filter_map(unread).sum();
+        self.sum.cpu_ns.saturating_sub(last.cpu_ns) + unread_ns
     }
 }
 
@@ -275,7 +311,7 @@ impl Session {
         self.pace.as_ref().is_some_and(|pace| {
             matches!(
                 pace.phase,
-                Phase::Leaving { .. } | Phase::Gap { .. } | Phase::Paused
+                Phase::Leaving { .. } | Phase::Gap { .. } | Phase::Paused { .. }
             )
         })
     }
@@ -321,7 +357,7 @@ impl Session {
         let pace = self.pace.as_ref()?;
         // Since probes were taken away last, nothing was spent.
         let rested_ns = match &pace.phase {
-            Phase::Gap { .. } | Phase::Paused => pace.meters.unread_ns(self),
+            Phase::Gap { last, .. } | Phase::Paused { last } => pace.meters.rested_ns(self, last),
             Phase::Open(open)
             | Phase::Leaving {
                 from: From::Window(open),
@@ -438,30 +474,10 @@ impl Pace {
     fn read(&mut self, session: &Session) -> Reading {
         let in_windows = self.governor.gear() == Gear::Windows;
         for (instance, target) in &session.targets {
-            let state = session.tracer.instance(*instance);
-            if state.armed_at_ns == 0 {
-                continue;
+            let look = self.meters.look(session, *instance, target, in_windows);
+            if let Some((before, now)) = look {
+                self.meters.add(*instance, &before, now);
             }
-            let alive_cpu_ns = cpu_ns(target);
-            let cpu_ns = alive_cpu_ns.unwrap_or(0);
-            let before = self.meters.before(*instance, state.armed_at_ns, cpu_ns);
-            let now_ns = target.end_ns.unwrap_or_else(monotonic_ns);
-            let mut reading = Reading {
-                at_ns: now_ns,
-                cpu_ns,
-                user_ns: before.user_ns,
-                transfers: before.transfers,
-                entries: state.entries,
-                returns: state.returns,
-            };
-            if alive_cpu_ns.is_none() {
-                // Nobody knows any more. It is taken to have been busy.
-                reading.cpu_ns = before.cpu_ns + now_ns.saturating_sub(before.at_ns);
-            } else if in_windows {
-                reading.user_ns = target.process.user_ns();
-                reading.transfers = target.process.transfers();
-            }
-            self.meters.add(*instance, &before, reading);
         }
         self.meters.sum.at_ns = monotonic_ns();
         self.meters.sum
@@ -469,7 +485,10 @@ impl Pace {
 
     fn step(&mut self, session: &mut Session) -> anyhow::Result<()> {
         let now = Instant::now();
-        match std::mem::replace(&mut self.phase, Phase::Paused) {
+        let none = Phase::Paused {
+            last: Reading::default(),
+        };
+        match std::mem::replace(&mut self.phase, none) {
             Phase::Tracing => {
                 self.phase = Phase::Tracing;
                 if self.uncounted.is_multiple_of(TICKS_BETWEEN_CALIBRATIONS) {
@@ -494,8 +513,9 @@ impl Pace {
             }
             Phase::Gap { last, gone } => self.open(last, &gone, session)?,
             Phase::Open(open) => self.close(open, session),
-            Phase::Paused => {
-                self.governor.rested(self.meters.unread_ns(session));
+            Phase::Paused { last } => {
+                self.governor.rested(self.meters.rested_ns(session, &last));
+                self.phase = Phase::Paused { last };
                 let change = self.governor.resume();
                 self.enter(change, session)?;
             }
@@ -612,7 +632,7 @@ impl Pace {
         }
         match self.governor.gear() {
             Gear::Paused => {
-                self.phase = Phase::Paused;
+                self.phase = Phase::Paused { last: gone };
                 self.due = Instant::now() + self.governor.pause();
             }
             _ => {
