@@ -163,7 +163,7 @@ mod tests {
         );
         let speed = meter.speed();
         assert!((speed.ratio - 1.0).abs() < 1e-9, "{speed:?}");
-        assert!(speed.error < 0.04, "{speed:?}");
+        assert!(speed.error < 0.03, "{speed:?}");
         // Nothing is known yet.
         assert!((Speedometer::default().speed().ratio - 1.0).abs() < 1e-9);
     }

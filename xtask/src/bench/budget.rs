@@ -4,10 +4,10 @@ use std::{
     ffi::OsString, panic::resume_unwind, path::Path, thread::ScopedJoinHandle, time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use super::{
-    fixture,
+    expect_known, fixture,
     load::{Lines, Running, Sample},
     read_json,
     table::{Claim, Limit, Report, Table},
@@ -91,14 +91,7 @@ pub(super) fn run(
         report.say(&format!("Not measured: {why}."));
         return Ok(());
     }
-    let names = CASES.map(|case| case.name);
-    for name in only {
-        ensure!(
-            names.contains(&name.as_str()),
-            "no load {name}; there are {}",
-            names.join(", ")
-        );
-    }
+    expect_known(only, &CASES.map(|case| case.name))?;
     report.say(&format!(
         "CPU time of the program for an operation, in the {} s after unfreed was attached, more than in the {} s before \
          and after it without; means of {periods} such periods, 95 % confidence intervals, and in parentheses what unfreed \

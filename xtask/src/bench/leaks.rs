@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use super::{
-    fixture,
+    expect_known, fixture,
     load::{Lines, Period, Running},
     median,
     programs::{nginx, redis},
@@ -50,6 +50,18 @@ enum Program {
     Server,
     Redis,
     Nginx,
+}
+
+impl Program {
+    const ALL: [Self; 3] = [Self::Server, Self::Redis, Self::Nginx];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server-cpp",
+            Self::Redis => "redis",
+            Self::Nginx => "nginx",
+        }
+    }
 }
 
 const CASES: [Case; 4] = [
@@ -90,12 +102,9 @@ pub(super) fn run(
         report.say(&format!("Not measured: {why}."));
         return Ok(());
     }
+    expect_known(only, &Program::ALL.map(Program::name))?;
     let chosen =
-        |case: &Case| only.is_empty() || only.iter().any(|name| case.name.starts_with(name));
-    ensure!(
-        CASES.iter().any(chosen),
-        "no such program; there are server-cpp, redis and nginx"
-    );
+        |case: &Case| only.is_empty() || only.iter().any(|name| name == case.program.name());
     report.say(&format!(
         "One in {LEAK_ONE_IN} blocks of a function leaks, and everything else is freed. unfreed is attached for \
          {} s; *rank* is the place of that function in its report, *leaks* what it really leaks, *reported* the rate \

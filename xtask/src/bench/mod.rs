@@ -23,7 +23,7 @@ mod way;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
 pub(crate) use self::short::stage;
@@ -172,6 +172,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if args.check && !broken.is_empty() {
         bail!("claims that are not kept: {}", broken.join("; "));
+    }
+    Ok(())
+}
+
+/// Fails if a name is asked for that nothing has.
+fn expect_known(only: &[String], names: &[&str]) -> Result<()> {
+    for name in only {
+        ensure!(
+            names.contains(&name.as_str()),
+            "nothing is called {name} here; there are {}",
+            names.join(", ")
+        );
     }
     Ok(())
 }

@@ -9,9 +9,10 @@ mod server;
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
 use super::{
+    expect_known,
     load::Load,
     rounds::{self, Rounds, cpu, p99, throughput},
     table::{Claim, Limit, Report, Table, figure, times},
@@ -66,14 +67,7 @@ pub(super) fn run(
     only: &[String],
     report: &mut Report,
 ) -> Result<()> {
-    let names = PROGRAMS.map(|(name, _)| name);
-    for name in only {
-        ensure!(
-            names.contains(&name.as_str()),
-            "no program {name}; there are {}",
-            names.join(", ")
-        );
-    }
+    expect_known(only, &PROGRAMS.map(|(name, _)| name))?;
     let ways = Way::available(&WAYS);
     report.say(&format!(
         "As multiples of the program's own figures untraced, medians of {rounds} rounds; CPU is the program's own for \
