@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{
     fixture,
-    load::{Attachable, Lines},
+    load::{Attachable, Lines, Load},
     rounds::{self, Rounds, cpu, throughput},
     table::{Claim, Limit, Report, Table, figure, times},
     way::Way,
@@ -77,19 +77,17 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
     pairs(&measured, rounds, report);
 
     let ways = Way::available(&THREADED_WAYS);
-    let mut threaded = Vec::new();
-    for threads in THREADS {
-        let mut load = load(
-            directory,
-            Case {
-                name: "threads",
-                threads,
-                ..TEN_FRAMES
-            },
-        )?;
-        threaded.push((threads, rounds::interleave(&mut load, &ways, rounds)?));
-    }
-    scaling(&threaded, report);
+    let loads = THREADS.map(|threads| {
+        let case = Case {
+            name: "threads",
+            threads,
+            ..TEN_FRAMES
+        };
+        load(directory, case)
+    });
+    let mut loads = loads.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut loads: Vec<&mut dyn Load> = loads.iter_mut().map(|load| load as _).collect();
+    scaling(&rounds::side_by_side(&mut loads, &ways, rounds)?, report);
     Ok(())
 }
 
@@ -181,7 +179,8 @@ pub(super) fn emptiest(ways: &[Way]) -> Way {
     }
 }
 
-fn scaling(threaded: &[(usize, Rounds)], report: &mut Report) {
+/// By number of threads, as [`THREADS`] are.
+fn scaling(threaded: &[Rounds], report: &mut Report) {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     report.say(&format!(
         "Pairs a second of all threads together, on {cores} cores, as a multiple of one thread's in the same way:"
@@ -193,19 +192,12 @@ fn scaling(threaded: &[(usize, Rounds)], report: &mut Report) {
     let mut names = vec!["throughput"];
     names.extend(headings.iter().map(String::as_str));
     let mut table = Table::new(&names);
-    let Some((_, one)) = threaded.first() else {
+    let [one, .., most] = threaded else {
         return;
     };
-    // Of the medians, as each number of threads has rounds of its own.
-    let scale = |way: Way, rounds: &Rounds| match (
-        rounds.median(way, throughput),
-        one.median(way, throughput),
-    ) {
-        (Some(many), Some(one)) => many / one,
-        _ => f64::NAN,
-    };
+    let scale = |way: Way, rounds: &Rounds| rounds.ratio_to(one, way, throughput);
     for way in one.ways() {
-        let cells = threaded.iter().map(|(_, rounds)| times(scale(way, rounds)));
+        let cells = threaded.iter().map(|rounds| times(scale(way, rounds)));
         table.row(
             std::iter::once(way.name().to_owned())
                 .chain(cells)
@@ -213,12 +205,13 @@ fn scaling(threaded: &[(usize, Rounds)], report: &mut Report) {
         );
     }
     report.table(&table);
-    if let Some((threads, most)) = threaded.last() {
-        // A twentieth is the noise of the machine.
-        report.claims(&[Claim::ratio(
-            format!("exact, scaling from 1 to {threads} threads, of native's"),
-            scale(Way::Exact, most) / scale(Way::Native, most),
-            Limit::AtLeast(0.95),
-        )]);
-    }
+    // A twentieth is the noise of the machine.
+    report.claims(&[Claim::ratio(
+        format!(
+            "exact, scaling from 1 to {} threads, of native's",
+            THREADS[THREADS.len() - 1]
+        ),
+        scale(Way::Exact, most) / scale(Way::Native, most),
+        Limit::AtLeast(0.95),
+    )]);
 }

@@ -11,33 +11,45 @@ use super::{
 };
 
 /// What was measured, by way; one a round, in order.
+#[derive(Default)]
 pub(super) struct Rounds {
     measured: BTreeMap<Way, Vec<Measured>>,
 }
 
 /// Measures a load in all of the ways, so many times.
 pub(super) fn interleave(load: &mut dyn Load, ways: &[Way], rounds: usize) -> Result<Rounds> {
-    let mut measured: BTreeMap<Way, Vec<Measured>> = BTreeMap::new();
+    let mut all = side_by_side(&mut [load], ways, rounds)?;
+    all.pop().context("measured nothing")
+}
+
+/// The same of several loads that are compared with each other: a round is one of each.
+pub(super) fn side_by_side(
+    loads: &mut [&mut dyn Load],
+    ways: &[Way],
+    rounds: usize,
+) -> Result<Vec<Rounds>> {
+    let mut all: Vec<Rounds> = loads.iter().map(|_| Rounds::default()).collect();
     for round in 1..=rounds {
-        eprintln!("{}: round {round} of {rounds}", load.name());
         for &way in ways {
-            if load.unfit(way).is_some() {
-                continue;
+            for (load, Rounds { measured }) in loads.iter_mut().zip(&mut all) {
+                if load.unfit(way).is_some() {
+                    continue;
+                }
+                let what = format!("{}, {}", load.name(), way.name());
+                let start = Instant::now();
+                let one = load
+                    .measure(way)
+                    .with_context(|| format!("failed to measure {what}"))?;
+                eprintln!(
+                    "round {round} of {rounds}: {what:<46}{:>7.1} s, {:>12.3} µs of CPU time each",
+                    start.elapsed().as_secs_f64(),
+                    one.period.cpu_ns / 1000.0
+                );
+                measured.entry(way).or_default().push(one);
             }
-            let start = Instant::now();
-            let one = load
-                .measure(way)
-                .with_context(|| format!("failed to measure {}: {}", load.name(), way.name()))?;
-            eprintln!(
-                "  {:<36}{:>10.1} s, {:>12.3} µs of CPU time each",
-                way.name(),
-                start.elapsed().as_secs_f64(),
-                one.period.cpu_ns / 1000.0
-            );
-            measured.entry(way).or_default().push(one);
         }
     }
-    Ok(Rounds { measured })
+    Ok(all)
 }
 
 impl Rounds {
@@ -56,6 +68,17 @@ impl Rounds {
     pub(super) fn median(&self, way: Way, of: fn(&Measured) -> Option<f64>) -> Option<f64> {
         let figures = self.figures(way, of);
         (!figures.is_empty()).then(|| median(figures))
+    }
+
+    /// The median of the rounds' ratios to another load's, measured side by side; not a number if one was not.
+    pub(super) fn ratio_to(&self, base: &Self, way: Way, of: fn(&Measured) -> Option<f64>) -> f64 {
+        let pairs = self.figures(way, of).into_iter().zip(base.figures(way, of));
+        let ratios: Vec<f64> = pairs.map(|(figure, base)| figure / base).collect();
+        if ratios.is_empty() {
+            f64::NAN
+        } else {
+            median(ratios)
+        }
     }
 
     /// The median of the rounds' ratios; not a number if one of the ways was not measured.
