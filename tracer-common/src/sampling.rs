@@ -39,6 +39,20 @@ pub const fn size_class(size_bytes: u64) -> usize {
     }
 }
 
+/// Sizes whose classes are in [`SMALL_SIZE_CLASSES`].
+pub const SMALL_SIZES: usize = 1024;
+
+/// [`size_class`] of sizes that are allocated often: BPF has no instruction that counts leading zeros.
+pub static SMALL_SIZE_CLASSES: [u16; SMALL_SIZES] = {
+    let mut classes = [0; SMALL_SIZES];
+    let mut size_bytes = 0;
+    while size_bytes < SMALL_SIZES {
+        classes[size_bytes] = size_class(size_bytes as u64) as u16;
+        size_bytes += 1;
+    }
+    classes
+};
+
 /// Smallest size of a class, in bytes.
 #[must_use]
 pub const fn size_class_start(class: usize) -> u64 {

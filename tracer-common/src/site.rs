@@ -78,8 +78,9 @@ pub struct Site {
     pub stack_sent: u32,
     /// What its blocks belong to, see [`crate::alloc_spec::Family`].
     pub family: u32,
-    /// Makes what follows aligned.
-    pub padding: u32,
+    /// Of `former_frees`, those of blocks whose birth slice is that of
+    /// [`crate::recording::Recording::since_ns`], which younger blocks are also in. Wraps.
+    pub former_neighbour_frees: u32,
     /// Variances of sums over blocks that stand for others, 0 where none does: of the blocks allocated and
     /// of those that are live. A block of weight w adds w (w - 1) (Horvitz–Thompson).
     pub alloc_variance: u64,
@@ -117,7 +118,7 @@ impl Default for Site {
             instance: 0,
             stack_sent: 0,
             family: 0,
-            padding: 0,
+            former_neighbour_frees: 0,
             alloc_variance: 0,
             live_variance: 0,
             alloc_bytes_variance: 0,

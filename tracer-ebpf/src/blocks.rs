@@ -11,7 +11,7 @@ use crate::{
     atomic::{add_u64, compare_swap_u64},
     maps::{BUCKETS, OLD_BLOCKS, config},
     missed,
-    unwind::unseen,
+    unwind::{unseen, zero},
 };
 
 const ENOENT: i32 = -2;
@@ -19,13 +19,17 @@ const EEXIST: i32 = -17;
 const E2BIG: i32 = -7;
 const ENOMEM: i32 = -12;
 
-/// Of nobody.
-pub(crate) const NO_BLOCK: Block = Block {
-    size_bytes: 0,
-    birth_ns: 0,
-    site: 0,
-    weight: 0,
-};
+/// Of nobody, for what is there to be written into.
+#[inline(always)]
+pub(crate) fn no_block() -> Block {
+    let zero = zero();
+    Block {
+        size_bytes: zero,
+        birth_ns: zero,
+        site: zero as u32,
+        weight: zero as u32,
+    }
+}
 
 /// No place of a bucket.
 const NONE: u64 = BUCKET_BLOCKS as u64;
@@ -35,7 +39,29 @@ fn bucket(key: &BlockKey) -> Option<*mut Bucket> {
     BUCKETS.get_ptr_mut(bucket_of(key, config!(ledger_buckets)))
 }
 
-/// Where in a bucket a block is, and where there is room; [`NONE`] if nowhere.
+/// Where in a bucket a block is; [`NONE`] if nowhere.
+///
+/// # Safety
+///
+/// `bucket` is a live map element.
+#[inline(always)]
+unsafe fn place(bucket: *const Bucket, key: &BlockKey) -> u64 {
+    let mut found = NONE;
+    for place in 0..BUCKET_BLOCKS {
+        // SAFETY: as the caller promises. The scope is written before the address.
+        unsafe {
+            if (&raw const (*bucket).addresses[place]).read_volatile() == key.address
+                && (&raw const (*bucket).entries[place].scope).read_volatile() == key.scope
+            {
+                found = place as u64;
+            }
+        }
+    }
+    // Else the verifier follows each place by itself.
+    unseen(found)
+}
+
+/// The same, and where there is room.
 ///
 /// # Safety
 ///
@@ -49,13 +75,12 @@ unsafe fn places(bucket: *const Bucket, key: &BlockKey) -> (u64, u64) {
         if address == FREE {
             free = place as u64;
         } else if address == key.address
-            // SAFETY: as above. Written before the address.
+            // SAFETY: as above.
             && unsafe { (&raw const (*bucket).entries[place].scope).read_volatile() } == key.scope
         {
             found = place as u64;
         }
     }
-    // Else the verifier follows each place by itself.
     (unseen(found), unseen(free))
 }
 
@@ -88,7 +113,7 @@ pub(crate) fn take(key: &BlockKey, block: &mut Block) -> bool {
     };
     // SAFETY: a live map element.
     unsafe {
-        let (found, _) = places(bucket, key);
+        let found = place(bucket, key);
         take_from(bucket, found, key, block)
     }
 }

@@ -22,7 +22,7 @@ use tracer_common::{
 
 use crate::{
     atomic::{add_u32, add_u64, fetch_add_u32},
-    blocks::{self, NO_BLOCK},
+    blocks::{self, no_block},
     maps::{EVENTS, FREE_SITES, RESERVED_SITES, SITE_COUNT, SITE_IDS, SITES, config},
     missed, recording,
     stack::{self, Stack},
@@ -53,7 +53,7 @@ pub(crate) fn take(scope: Scope, address: u64, block: &mut Block) -> bool {
 pub(crate) fn put_back(state: &Instance, scope: Scope, address: u64, block: &Block) {
     let key = BlockKey { address, scope };
     let mut newer = *block;
-    let mut other = NO_BLOCK;
+    let mut other = no_block();
     if blocks::take(&key, &mut other) {
         if other.birth_ns > newer.birth_ns {
             (newer, other) = (other, newer);
@@ -79,7 +79,7 @@ pub(crate) fn count_free(state: &Instance, recording: &Recording, block: &Block)
     unsafe {
         if recording::is_old(recording, block.birth_ns) {
             let old_frees = &raw mut (*site).old_frees;
-            if !count_old(recording, site, block, old_frees) {
+            if !count_old(state, recording, site, block, old_frees) {
                 // It may be another block's free, that got its address while nobody looked.
                 end_of_life(state, site, block);
                 return;
@@ -102,6 +102,7 @@ pub(crate) fn count_free(state: &Instance, recording: &Recording, block: &Block)
 /// `site` is a live map element, and `counter` a field of it.
 #[inline(always)]
 unsafe fn count_old(
+    state: &Instance,
     recording: &Recording,
     site: *mut Site,
     block: &Block,
@@ -117,6 +118,10 @@ unsafe fn count_old(
         add_u64(&raw mut (*site).former_frees, weight);
         let bytes = block.size_bytes.wrapping_mul(weight);
         add_u64(&raw mut (*site).former_freed_bytes, bytes);
+        let slice_of = |at_ns: u64| birth_slice(at_ns.wrapping_sub(state.armed_at_ns));
+        if slice_of(block.birth_ns) == slice_of(recording::since_ns(recording)) {
+            add_u32(&raw mut (*site).former_neighbour_frees, block.weight);
+        }
     }
     false
 }
@@ -211,7 +216,7 @@ pub(crate) fn record(
         weight,
     };
     let key = BlockKey { address, scope };
-    let mut before = NO_BLOCK;
+    let mut before = no_block();
     let inserted = blocks::insert(&key, &block, &mut before);
     if inserted.has_replaced {
         replace(state, recording, site, site_id, &before);
@@ -243,7 +248,7 @@ pub(crate) fn record(
 /// The allocator handed out an address while no new blocks are recorded: what the ledger has there was freed.
 #[inline(always)]
 pub(crate) fn notice_reuse(state: &Instance, recording: &Recording, scope: Scope, address: u64) {
-    let mut before = NO_BLOCK;
+    let mut before = no_block();
     if take(scope, address, &mut before)
         && let Some(site) = SITES.get_ptr_mut(before.site)
     {
@@ -261,7 +266,7 @@ fn replace(state: &Instance, recording: &Recording, site: *mut Site, site_id: u3
             // SAFETY: live map element.
             unsafe {
                 let reused = &raw mut (*site_before).reused;
-                count_old(recording, site_before, before, reused);
+                count_old(state, recording, site_before, before, reused);
                 end_of_life(state, site_before, before);
             }
         }

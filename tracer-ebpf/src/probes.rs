@@ -19,7 +19,7 @@ use tracer_common::{
 
 use crate::{
     atomic::add_u64,
-    blocks::NO_BLOCK,
+    blocks::no_block,
     kernel, ledger,
     maps::{NO_PROGRAMS, config},
     missed,
@@ -121,6 +121,19 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
         sampling::weight(recording, thread, size_bytes)
     };
     let pending = &mut thread.pending;
+    let old_address = registers::get(regs, cookie.pointer());
+    // The address may be handed out again the moment that the allocator has it.
+    let is_taken = old_address != 0
+        && ledger::take(
+            scope(instance, cookie.family()),
+            old_address,
+            &mut pending.old,
+        );
+    if weight == 0 && !is_taken && !cookie.may_hand_on(old_address) {
+        // Nobody waits for the result. Unless it may end in a jump to another function: that would not be
+        // known as part of this call, and have a chance of its own.
+        return None;
+    }
     pending.weight = weight;
     pending.cookie = cookie.0;
     pending.size_bytes = size_bytes;
@@ -129,18 +142,8 @@ fn enter(ctx: &ProbeContext) -> Option<()> {
     // SAFETY: a live map element.
     pending.generation = unsafe { (*state).generation };
     pending.recording = recording::number(recording);
-    pending.old_address = registers::get(regs, cookie.pointer());
-    pending.old_taken = 0;
-    // The address may be handed out again the moment that the allocator has it.
-    if pending.old_address != 0
-        && ledger::take(pending.scope(), pending.old_address, &mut pending.old)
-    {
-        pending.old_taken = 1;
-    } else if weight == 0 && !cookie.may_hand_on(pending.old_address) {
-        // Nobody waits for the result. Unless it may end in a jump to another function: that would not be
-        // known as part of this call, and have a chance of its own.
-        return None;
-    }
+    pending.old_address = old_address;
+    pending.old_taken = u32::from(is_taken);
     pending.jumped = 0;
     pending.return_slot = stack_pointer;
     Some(())
@@ -243,19 +246,17 @@ fn exit(ctx: *mut c_void, regs: *const pt_regs) -> Option<()> {
     if address == 0 || pending.weight == 0 {
         return None;
     }
-    if !recording::takes_in(recording) {
+    let (size_bytes, weight) = (pending.size_bytes, pending.weight);
+    let is_left_out =
+        is_sized && (size_bytes < config!(min_size_bytes) || size_bytes > config!(max_size_bytes));
+    if is_left_out {
+        // Its free is one of a block that is not in the books.
+        thread.last_freed = 0;
+    }
+    if is_left_out || !recording::takes_in(recording) {
         ledger::notice_reuse(state, recording, scope, address);
         return None;
     }
-    if is_sized
-        && (pending.size_bytes < config!(min_size_bytes)
-            || pending.size_bytes > config!(max_size_bytes))
-    {
-        // Its free is one of a block that is not in the books.
-        thread.last_freed = 0;
-        return None;
-    }
-    let (size_bytes, weight) = (pending.size_bytes, pending.weight);
     ledger::record(regs, state, recording, scope, address, size_bytes, weight);
     Some(())
 }
@@ -308,7 +309,7 @@ fn free(ctx: &ProbeContext) -> Option<()> {
     let scope = scope(instance, cookie.family());
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    let mut block = NO_BLOCK;
+    let mut block = no_block();
     if ledger::take(scope, address, &mut block) {
         thread.last_freed = address;
         ledger::count_free(state, recording, &block);

@@ -53,7 +53,13 @@ pub(crate) fn is_old(recording: &Recording, birth_ns: u64) -> bool {
 /// Whether an old block counts in no estimate.
 #[inline(always)]
 pub(crate) fn is_former(recording: &Recording, birth_ns: u64) -> bool {
-    birth_ns < read(&recording.since_ns)
+    birth_ns < since_ns(recording)
+}
+
+/// [`Recording::since_ns`].
+#[inline(always)]
+pub(crate) fn since_ns(recording: &Recording) -> u64 {
+    read(&recording.since_ns)
 }
 
 /// Whether calls may go unrecorded.

@@ -4,7 +4,8 @@ use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use tracer_common::{
     recording::Recording,
     sampling::{
-        LOGARITHMS, SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance, has_point, size_class,
+        LOGARITHMS, SIZE_CLASSES, SMALL_SIZE_CLASSES, WEIGHT_SHIFT, WEIGHT_UNITS, distance,
+        has_point, size_class,
     },
 };
 
@@ -27,7 +28,11 @@ pub(crate) fn weight(recording: &Recording, thread: &mut Thread, size_bytes: u64
     let Some(rate) = RATES.get_ptr(rate - 1) else {
         return 1;
     };
-    let class = unseen(size_class(size_bytes) as u64) as usize;
+    let class = match SMALL_SIZE_CLASSES.get(size_bytes as usize) {
+        Some(class) => u64::from(*class),
+        None => large_size_class(size_bytes),
+    };
+    let class = unseen(class) as usize;
     if class >= SIZE_CLASSES {
         return 1;
     }
@@ -38,6 +43,12 @@ pub(crate) fn weight(recording: &Recording, thread: &mut Thread, size_bytes: u64
     }
     // SAFETY: as above.
     round(unsafe { (*rate).weights[class] }) as u32
+}
+
+/// [`size_class`] of a size that is not small.
+#[inline(never)]
+fn large_size_class(size_bytes: u64) -> u64 {
+    size_class(size_bytes) as u64
 }
 
 /// A new distance to the next point.

@@ -117,8 +117,8 @@ impl Stack {
             walk.stack_pointer = start.stack_pointer;
             walk.frame_pointer = start.frame_pointer;
             walk.frame_pointer_place = IN_REGISTER;
-            walk.unknown_code = 0;
-            walk.is_passing = 0;
+            walk.unknown_code = unwind::zero();
+            walk.is_passing = unwind::zero();
             walk.trampoline = if config!(families) == 0 {
                 0
             } else {

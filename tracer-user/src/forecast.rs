@@ -40,8 +40,8 @@ pub struct Forecast {
     pub exact_percent: f64,
     /// What sampling would.
     pub sampled_percent: f64,
-    /// The gear that `attach` would be in with its default budget: `exact`, `sampled`, `windows` or `paused`.
-    pub gear: &'static str,
+    /// The gear that `attach` would be in with its default budget.
+    pub gear: Gear,
     /// The share of the time that it would record, in per cent.
     pub recorded_percent: f64,
     /// The default budget, in per cent.
@@ -60,7 +60,9 @@ pub fn forecast(
     // instance is open.
     const ALLOCATING: ProbeProgram = ProbeProgram::NothingEnter;
     const FREEING: ProbeProgram = ProbeProgram::FreeEnter;
-    let abilities = Abilities::of(tracer.attacher());
+    let abilities = Abilities {
+        windows: tracer.attacher().detaches_at_once(),
+    };
     if !abilities.windows {
         return Ok(None);
     }
@@ -118,7 +120,7 @@ pub fn forecast(
         processors: own_s / counted_s,
         exact_percent: costs.exact(load) * 100.0,
         sampled_percent: costs.sampled(load) * 100.0,
-        gear: gear.name(),
+        gear,
         recorded_percent: match gear {
             Gear::Exact | Gear::Sampled => 100.0,
             Gear::Windows => recorded * 100.0,

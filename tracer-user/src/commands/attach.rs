@@ -20,7 +20,7 @@ use crate::{
         process::Process,
         selection::{Gap, Selection, Wishes},
     },
-    governor::Budget,
+    governor::{Budget, Gear},
     host::Host,
     preflight,
     report::{
@@ -441,10 +441,10 @@ async fn watch(
 pub(super) fn tell_changes(session: &mut Session) {
     for change in session.take_changes() {
         let what = match change.gear {
-            "exact" => "every call is recorded from now on",
-            "sampled" => "some calls are recorded from now on, each for others",
-            "windows" => "calls are recorded for some of the time from now on",
-            _ => "nothing is recorded for now",
+            Gear::Exact => "every call is recorded from now on",
+            Gear::Sampled => "some calls are recorded from now on, each for others",
+            Gear::Windows => "calls are recorded for some of the time from now on",
+            Gear::Paused => "nothing is recorded for now",
         };
         say(format_args!("{what}: {}", change.reason));
     }

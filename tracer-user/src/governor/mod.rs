@@ -14,9 +14,10 @@ use std::{collections::VecDeque, fmt, time::Duration};
 
 use account::Account;
 pub use cost::{Costs, Load, Reading, sample_bytes};
+use serde::Serialize;
 pub use speedometer::Speedometer;
 
-use crate::{bpf::links::Attacher, report::units::duration, windows::Schedule};
+use crate::{report::units::duration, windows::Schedule};
 
 /// Overhead is looked at this often, in the gears that trace all the time.
 pub const TICK: Duration = Duration::from_millis(250);
@@ -32,6 +33,9 @@ const RETURN_SHARE: f64 = 0.5;
 /// For so long, and twice as long after every return that did not last.
 const CALM: Duration = Duration::from_secs(10);
 const MOST_CALM: Duration = Duration::from_secs(600);
+/// The first pause, and the longest: each is twice as long as the one before.
+const PAUSE: Duration = Duration::from_secs(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// Windows are no longer than this.
 const WINDOW: Duration = Duration::from_millis(200);
 /// And shorter if they would be further apart than this.
@@ -41,8 +45,9 @@ const TOO_FAR_APART_S: f64 = 60.0;
 /// How long probes are in place before and after a window, before it was measured.
 const ATTACHING_S: f64 = 0.08;
 
-/// How much of the calls is recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How much of the calls is recorded. Serialized by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Gear {
     /// All.
     Exact,
@@ -64,6 +69,12 @@ impl Gear {
             Self::Windows => "windows",
             Self::Paused => "paused",
         }
+    }
+}
+
+impl fmt::Display for Gear {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        to.write_str(self.name())
     }
 }
 
@@ -109,16 +120,6 @@ impl Budget {
 pub struct Abilities {
     /// Probes can be taken away and put back within a tenth of a second.
     pub windows: bool,
-}
-
-impl Abilities {
-    /// Of a way to attach.
-    #[must_use]
-    pub const fn of(attacher: &Attacher) -> Self {
-        Self {
-            windows: attacher.detaches_at_once(),
-        }
-    }
 }
 
 /// The gear that a load will end up in, of a target that takes so much processor time a second, and the share of the
@@ -175,7 +176,8 @@ pub struct Governor {
     /// Costs of a window, in nanoseconds, and for how long its probes are in place.
     window_cost_ns: Option<f64>,
     attached_s: f64,
-    paused_for: Duration,
+    /// The next.
+    pause: Duration,
 }
 
 impl Governor {
@@ -197,7 +199,7 @@ impl Governor {
             window: WINDOW,
             window_cost_ns: None,
             attached_s: WINDOW.as_secs_f64() + ATTACHING_S,
-            paused_for: CALM,
+            pause: PAUSE,
         }
     }
 
@@ -275,7 +277,7 @@ impl Governor {
             let seen = now.overhead.max(second.overhead);
             let reason = format!(
                 "{} took {} of the processor time that the target takes itself, more than {}",
-                self.gear.name(),
+                self.gear,
                 Percent(seen),
                 Percent(allowed)
             );
@@ -355,9 +357,10 @@ impl Governor {
             return None;
         }
         self.returned_ns = Some(now_ns);
+        self.pause = PAUSE;
         let reason = format!(
             "{} would have taken {} for {}",
-            better.name(),
+            better,
             Percent(self.overhead_in(better, self.load)),
             duration((now_ns - since_ns) as f64 / 1e9)
         );
@@ -448,10 +451,11 @@ impl Governor {
         gap
     }
 
-    /// How long to pause, twice as long every time.
+    /// How long to pause: twice as long every time, until a more exact gear would have done.
     pub fn pause(&mut self) -> Duration {
-        self.paused_for = (self.paused_for * 2).min(MOST_CALM);
-        self.paused_for
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        pause
     }
 
     /// The pause is over. Gives the gear to be tried: windows if they are to be had.

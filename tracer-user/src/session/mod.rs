@@ -6,8 +6,10 @@
 mod ending;
 mod events;
 mod figures;
+mod meters;
 mod missing;
 mod pace;
+mod regime;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -26,7 +28,8 @@ use tracer_common::{
 
 pub use figures::Depth;
 use pace::Pace;
-pub use pace::{BudgetReport, GearChange, WindowsReport};
+pub use pace::{BudgetReport, GearChange};
+pub use regime::WindowsReport;
 
 use crate::{
     args::{ReportOptions, TraceOptions},

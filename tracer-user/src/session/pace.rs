@@ -7,11 +7,13 @@ use std::{
 };
 
 use anyhow::ensure;
-use nix::{time::clock_getcpuclockid, unistd::Pid};
 use serde::Serialize;
-use tracer_common::site::Site;
 
-use super::Session;
+use super::{
+    Session,
+    meters::{Meters, Snapshot},
+    regime::{Regime, WindowsReport},
+};
 use crate::{
     bpf::{
         links::{self, ProbeProgram},
@@ -19,12 +21,9 @@ use crate::{
         tracer::monotonic_ns,
     },
     calibrate::{Calibrator, ProbeCost},
-    governor::{
-        self, Abilities, Budget, Change, Costs, FIRST_TICK, Gear, Governor, Reading, Speedometer,
-        TICK,
-    },
+    governor::{self, Abilities, Budget, Change, Costs, FIRST_TICK, Gear, Governor, Reading, TICK},
     target::Target,
-    windows::{Estimate, Model, Reading as SiteReading, Window},
+    windows::{Estimate, Window},
 };
 
 /// Programs whose runs are paid for by every allocator call.
@@ -71,28 +70,30 @@ enum Phase {
     /// They are taken away.
     Leaving {
         thread: Option<JoinHandle<()>>,
-        from: From,
+        was: Underway,
     },
     /// They are away until the next window.
     Gap { last: Reading, gone: Snapshot },
     /// They stand, and will not for long.
-    Open(Open),
+    Open(Box<Open>),
     /// They are away until the pause is over.
     Paused { last: Reading },
 }
 
 /// What was under way when probes began to be taken away.
-enum From {
+enum Underway {
     /// A gear that traces all the time, and what was counted by then.
     Tracing(Reading),
     /// A window.
-    Window(Open),
+    Window(Box<Open>),
     /// Nothing: they are away.
     Away,
 }
 
 /// A window.
 struct Open {
+    /// On the clock.
+    window: Window,
     /// When the one before was over.
     last: Reading,
     /// Before the first probe was put back, and when recording ended.
@@ -102,109 +103,6 @@ struct Open {
     opened: Snapshot,
     /// Instances that lack probes in it.
     blind: HashSet<u32>,
-}
-
-/// What was counted of every instance up to a moment.
-type Snapshot = HashMap<u32, Reading>;
-
-/// Windows that followed each other.
-struct Regime {
-    since_ns: u64,
-    until_ns: u64,
-    /// By instance.
-    models: HashMap<u32, Model>,
-    /// By instance.
-    paces: HashMap<u32, Speedometer>,
-    windows: u32,
-    /// Processes whose probes could not be put back, in all windows.
-    blind: u32,
-    open_ns: u64,
-    intake_ns: u64,
-    /// The window that is open, on the clock.
-    current: Window,
-}
-
-/// Sums over all targets, those that have ended included.
-#[derive(Default)]
-struct Meters {
-    by_instance: Snapshot,
-    sum: Reading,
-}
-
-impl Meters {
-    /// What was read of an instance last. Before it was armed, nothing was hit; its process had taken processor time
-    /// then, all but what it can have taken since.
-    fn before(&self, instance: u32, armed_at_ns: u64, cpu_ns: u64) -> Reading {
-        let before = self.by_instance.get(&instance).copied();
-        before.unwrap_or_else(|| Reading {
-            at_ns: armed_at_ns,
-            cpu_ns: cpu_ns.saturating_sub(monotonic_ns().saturating_sub(armed_at_ns)),
-            ..Reading::default()
-        })
-    }
-
-    fn add(&mut self, instance: u32, before: &Reading, now: Reading) {
-        self.by_instance.insert(instance, now);
-        self.sum.at_ns = now.at_ns;
-        self.sum.cpu_ns += now.cpu_ns.saturating_sub(before.cpu_ns);
-        self.sum.entries += now.entries.saturating_sub(before.entries);
-        self.sum.returns += now.returns.saturating_sub(before.returns);
-    }
-
-    /// An instance before, and now; none while it is not recorded. With `in_windows`, also what its speed is told
-    /// by.
-    fn look(
-        &self,
-        session: &Session,
-        instance: u32,
-        target: &Target,
-        in_windows: bool,
-    ) -> Option<(Reading, Reading)> {
-        let state = session.tracer.instance(instance);
-        if state.armed_at_ns == 0 {
-            return None;
-        }
-        let alive_cpu_ns = cpu_ns(target);
-        let cpu_ns = alive_cpu_ns.unwrap_or(0);
-        let before = self.before(instance, state.armed_at_ns, cpu_ns);
-        let now_ns = target.end_ns.unwrap_or_else(monotonic_ns);
-        let mut now = Reading {
-            at_ns: now_ns,
-            cpu_ns,
-            user_ns: before.user_ns,
-            transfers: before.transfers,
-            entries: state.entries,
-            returns: state.returns,
-        };
-        if alive_cpu_ns.is_none() {
-            // Nobody knows any more. It is taken to have been busy.
-            now.cpu_ns = before.cpu_ns + now_ns.saturating_sub(before.at_ns);
-        } else if in_windows {
-            now.user_ns = target.process.user_ns();
-            now.transfers = target.process.transfers();
-        }
-        Some((before, now))
-    }
-
-    /// Processor time of the targets since a reading of all, in nanoseconds.
-    fn rested_ns(&self, session: &Session, last: &Reading) -> u64 {
-        let unread = |(instance, target): (&u32, &Target)| {
-            let (before, now) = self.look(session, *instance, target, false)?;
-            Some(now.cpu_ns.saturating_sub(before.cpu_ns))
-        };
-        let unread_ns: u64 = session.targets.iter().filter_map(unread).sum();
-        self.sum.cpu_ns.saturating_sub(last.cpu_ns) + unread_ns
-    }
-}
-
-/// Processor time that a process has taken, in nanoseconds; none if it has ended.
-fn cpu_ns(target: &Target) -> Option<u64> {
-    if target.end.is_some() {
-        return None;
-    }
-    let pid = Pid::from_raw(target.process.pid.cast_signed());
-    let cpu = clock_getcpuclockid(pid).and_then(nix::time::ClockId::now);
-    Some(Duration::from(cpu.ok()?).as_nanos() as u64)
 }
 
 /// How a budget was kept.
@@ -228,50 +126,37 @@ impl BudgetReport {
     #[must_use]
     pub fn was_paused(&self) -> bool {
         let mut changes = self.changes.iter();
-        changes.any(|change| change.gear == Gear::Paused.name())
+        changes.any(|change| change.gear == Gear::Paused)
     }
 }
 
 /// A change of gear.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct GearChange {
     /// When, in milliseconds since tracing began.
     pub at_ms: u64,
-    /// `exact`, `sampled`, `windows` or `paused`.
-    pub gear: &'static str,
+    /// To which.
+    pub gear: Gear,
     /// Why.
     pub reason: String,
-}
-
-/// When calls were recorded, where that was not all the time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct WindowsReport {
-    /// When windows began to follow each other, in seconds since tracing began.
-    pub since_s: f64,
-    /// Until when they did.
-    pub until_s: f64,
-    /// How many.
-    pub count: u32,
-    /// Processes whose probes could not be put back for a window, in all of them.
-    pub blind: u32,
-    /// How long frees were recorded, in seconds in all.
-    pub open_s: f64,
-    /// How long new blocks were.
-    pub intake_s: f64,
 }
 
 impl Session {
     /// Has tracing keep a budget from now on.
     pub fn keep_budget(&mut self, budget: Budget, cost: &ProbeCost) {
-        let abilities = Abilities::of(self.tracer.attacher());
+        let abilities = Abilities {
+            windows: self.tracer.attacher().detaches_at_once(),
+        };
         let sample_bytes = self.filters.sample_bytes;
         let best = sample_bytes.map_or(Gear::Exact, |_| Gear::Sampled);
-        let calibrator = Calibrator::attach(&mut self.tracer)
-            .inspect_err(|error| log::warn!("{error:#}"))
-            .ok()
-            .filter(|_| abilities.windows);
+        // Else it would take seconds to take its probes away.
+        let calibrator = abilities.windows.then(|| {
+            Calibrator::attach(&mut self.tracer)
+                .inspect_err(|error| log::warn!("{error:#}"))
+                .ok()
+        });
         self.pace = Some(Pace {
-            calibrator,
+            calibrator: calibrator.flatten(),
             governor: Governor::new(
                 budget,
                 Costs::new(cost, self.tracer.attacher().has_sessions()),
@@ -360,13 +245,14 @@ impl Session {
             Phase::Gap { last, .. } | Phase::Paused { last } => pace.meters.rested_ns(self, last),
             Phase::Open(open)
             | Phase::Leaving {
-                from: From::Window(open),
+                was: Underway::Window(open),
                 ..
             } => open.begin.cpu_ns.saturating_sub(open.last.cpu_ns),
             _ => 0,
         };
         Some(BudgetReport {
-            max_percent: pace.governor.budget().share * 100.0,
+            // As the user wrote it: 0.07 × 100 is a little more than 7.
+            max_percent: (pace.governor.budget().share * 1e8).round() / 1e6,
             percent: pace.governor.overhead(rested_ns) * 100.0,
             processors: pace.governor.spent_s() / self.recorded_s().max(1e-9),
             spare_processors: pace.governor.budget().spare,
@@ -383,24 +269,13 @@ impl Session {
     /// When calls were recorded, if that was not all the time.
     pub(super) fn windows_report(&self) -> Option<WindowsReport> {
         let regime = self.pace.as_ref()?.regime.as_ref()?;
-        let seconds = |ns: u64| ns as f64 / 1e9;
-        Some(WindowsReport {
-            since_s: seconds(regime.since_ns.saturating_sub(self.started_ns)),
-            until_s: seconds(regime.until_ns.saturating_sub(self.started_ns)),
-            count: regime.windows,
-            blind: regime.blind,
-            open_s: seconds(regime.open_ns),
-            intake_s: seconds(regime.intake_ns),
-        })
+        Some(regime.report(self.started_ns))
     }
 
     /// What sites of an instance leak by what windows have told.
     pub(super) fn leaks(&self, instance: u32) -> HashMap<u32, Estimate> {
         let regime = self.pace.as_ref().and_then(|pace| pace.regime.as_ref());
-        let model = regime.and_then(|regime| regime.models.get(&instance));
-        model.map_or_else(HashMap::new, |model| {
-            model.estimates().into_iter().collect()
-        })
+        regime.map_or_else(HashMap::new, |regime| regime.leaks(instance))
     }
 
     /// Takes up what processes have cost that are about to be forgotten.
@@ -415,10 +290,9 @@ impl Session {
     pub(super) fn forget_windows(&mut self, instances: impl Iterator<Item = u32>) {
         if let Some(pace) = &mut self.pace {
             for instance in instances {
-                pace.meters.by_instance.remove(&instance);
+                pace.meters.forget(instance);
                 if let Some(regime) = &mut pace.regime {
-                    regime.models.remove(&instance);
-                    regime.paces.remove(&instance);
+                    regime.forget(instance);
                 }
             }
         }
@@ -473,14 +347,7 @@ impl Session {
 impl Pace {
     fn read(&mut self, session: &Session) -> Reading {
         let in_windows = self.governor.gear() == Gear::Windows;
-        for (instance, target) in &session.targets {
-            let look = self.meters.look(session, *instance, target, in_windows);
-            if let Some((before, now)) = look {
-                self.meters.add(*instance, &before, now);
-            }
-        }
-        self.meters.sum.at_ns = monotonic_ns();
-        self.meters.sum
+        self.meters.read(session, in_windows)
     }
 
     fn step(&mut self, session: &mut Session) -> anyhow::Result<()> {
@@ -503,13 +370,13 @@ impl Pace {
                     self.enter(change, session)?;
                 }
             }
-            Phase::Leaving { thread, from } => {
+            Phase::Leaving { thread, was } => {
                 if thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-                    self.phase = Phase::Leaving { thread, from };
+                    self.phase = Phase::Leaving { thread, was };
                     self.due = now + POLL;
                     return Ok(());
                 }
-                self.left(from, session)?;
+                self.left(was, session)?;
             }
             Phase::Gap { last, gone } => self.open(last, &gone, session)?,
             Phase::Open(open) => self.close(open, session),
@@ -558,10 +425,10 @@ impl Pace {
         self.counting = None;
         self.uncounted = u32::MAX / 2;
         let now_ns = monotonic_ns();
-        log::info!("{}: {}", change.gear.name(), change.reason);
+        log::info!("{}: {}", change.gear, change.reason);
         self.changes.push(GearChange {
             at_ms: now_ns.saturating_sub(session.started_ns) / 1_000_000,
-            gear: change.gear.name(),
+            gear: change.gear,
             reason: change.reason,
         });
         let are_away = !matches!(self.phase, Phase::Tracing);
@@ -591,10 +458,10 @@ impl Pace {
             }
             Gear::Windows | Gear::Paused => {
                 if are_away {
-                    self.left(From::Away, session)?;
+                    self.left(Underway::Away, session)?;
                 } else {
                     let now = self.read(session);
-                    self.leave(From::Tracing(now), session);
+                    self.leave(Underway::Tracing(now), session);
                 }
             }
         }
@@ -602,7 +469,7 @@ impl Pace {
     }
 
     /// Has probes be taken away by a thread of its own: that takes tens of milliseconds.
-    fn leave(&mut self, from: From, session: &mut Session) {
+    fn leave(&mut self, was: Underway, session: &mut Session) {
         session.tracer.record_nothing();
         let taken = session.take_away();
         let thread = thread::Builder::new()
@@ -610,17 +477,17 @@ impl Pace {
             .spawn(move || links::detach(taken));
         // Without a thread, they are gone by now.
         let thread = thread.ok();
-        self.phase = Phase::Leaving { thread, from };
+        self.phase = Phase::Leaving { thread, was };
         self.due = Instant::now() + POLL;
     }
 
     /// The probes are gone.
-    fn left(&mut self, from: From, session: &mut Session) -> anyhow::Result<()> {
+    fn left(&mut self, was: Underway, session: &mut Session) -> anyhow::Result<()> {
         let gone = self.read(session);
-        match from {
-            From::Away => {}
-            From::Tracing(last) => self.governor.left(&last, &gone),
-            From::Window(open) => {
+        match was {
+            Underway::Away => {}
+            Underway::Tracing(last) => self.governor.left(&last, &gone),
+            Underway::Window(open) => {
                 let change = self
                     .governor
                     .window(&open.last, &open.begin, &open.closed, &gone);
@@ -648,7 +515,7 @@ impl Pace {
     fn gap(&self, last: Reading) -> Phase {
         Phase::Gap {
             last,
-            gone: self.meters.by_instance.clone(),
+            gone: self.meters.by_instance().clone(),
         }
     }
 
@@ -660,132 +527,63 @@ impl Pace {
         session: &mut Session,
     ) -> anyhow::Result<()> {
         let begin = self.read(session);
-        let is_new = self.regime.as_ref().is_none_or(|regime| {
-            // Another gear was in between.
-            session.tracer.recording().since_ns != regime.since_ns
-        });
-        if is_new {
-            self.begin_regime(session);
-        }
-        if let Some(regime) = &mut self.regime {
-            for (instance, begin) in &self.meters.by_instance {
-                if let Some(gone) = gone.get(instance) {
-                    let pace = regime.paces.entry(*instance).or_default();
-                    pace.untraced(gone, begin);
-                }
-            }
-        }
+        // Another gear may have been in between.
+        let since_ns = session.tracer.recording().since_ns;
+        let same = self
+            .regime
+            .take()
+            .filter(|regime| regime.since_ns() == since_ns);
+        let regime = self
+            .regime
+            .insert(same.unwrap_or_else(|| Regime::begin(session)));
+        regime.take_up_gap(gone, self.meters.by_instance());
+        let since_ns = regime.since_ns();
         self.count_runs(session, WINDOWS_BETWEEN_COUNTS);
         let blind = session.put_back();
         let schedule = self.governor.schedule();
         let opened_ns = monotonic_ns();
-        let Some(regime) = &mut self.regime else {
-            return Ok(());
-        };
         let [intake_ns, open_ns] =
             [schedule.intake, schedule.window()].map(|time| time.as_nanos() as u64);
-        regime.current = Window {
-            opened_ns,
-            intake_ended_ns: opened_ns + intake_ns,
-            closed_ns: opened_ns + open_ns,
-        };
         session
             .tracer
-            .record_window(regime.since_ns, opened_ns, intake_ns, open_ns);
+            .record_window(since_ns, opened_ns, intake_ns, open_ns);
         self.calibrate();
         log::info!(
             "probes put back in {:?}",
             Duration::from_nanos(opened_ns - begin.at_ns)
         );
         self.read(session);
-        self.phase = Phase::Open(Open {
+        self.phase = Phase::Open(Box::new(Open {
+            window: Window {
+                opened_ns,
+                intake_ended_ns: opened_ns + intake_ns,
+                closed_ns: opened_ns + open_ns,
+            },
             last,
             begin,
             closed: begin,
-            opened: self.meters.by_instance.clone(),
+            opened: self.meters.by_instance().clone(),
             blind,
-        });
+        }));
         // Programs that were at it when recording ended are done then.
         self.due = Instant::now() + schedule.window() + Duration::from_millis(1);
         Ok(())
     }
 
-    /// What sites have counted before belongs to no window.
-    fn begin_regime(&mut self, session: &Session) {
-        let since_ns = monotonic_ns();
-        let mut models = HashMap::new();
-        for (instance, sites) in session.heap_sites() {
-            let mut model = Model::new();
-            model.begin(sites.iter().map(|(id, site)| (*id, SiteReading::of(site))));
-            models.insert(instance, model);
-        }
-        self.regime = Some(Regime {
-            since_ns,
-            until_ns: since_ns,
-            models,
-            paces: HashMap::new(),
-            windows: 0,
-            blind: 0,
-            open_ns: 0,
-            intake_ns: 0,
-            current: Window {
-                opened_ns: 0,
-                intake_ended_ns: 0,
-                closed_ns: 0,
-            },
-        });
-    }
-
     /// The window has closed by itself, at its time.
-    fn close(&mut self, mut open: Open, session: &mut Session) {
+    fn close(&mut self, mut open: Box<Open>, session: &mut Session) {
         open.closed = self.read(session);
         if let Some((_, before)) = self.counting.take() {
             self.take_count(session, before);
         }
+        let window = open.window;
         let opened = std::mem::take(&mut open.opened);
         let blind = std::mem::take(&mut open.blind);
         // First: until they are gone, calls pay for probes that record nothing.
-        self.leave(From::Window(open), session);
-        let sites = session.heap_sites();
-        let Some(regime) = &mut self.regime else {
-            return;
-        };
-        let Window {
-            opened_ns,
-            intake_ended_ns,
-            closed_ns,
-        } = regime.current;
-        regime.windows += 1;
-        regime.blind += blind.len() as u32;
-        regime.open_ns += closed_ns - opened_ns;
-        regime.intake_ns += intake_ended_ns - opened_ns;
-        regime.until_ns = closed_ns;
-        let running = session.targets.iter();
-        for (instance, target) in running.filter(|(_, target)| target.end.is_none()) {
-            let sites: &[(u32, Site)] = sites.get(instance).map_or(&[], Vec::as_slice);
-            let readings = sites.iter().map(|(id, site)| (*id, SiteReading::of(site)));
-            let armed_at_ns = session.tracer.instance(*instance).armed_at_ns;
-            let model = regime.models.entry(*instance).or_default();
-            // Not yet recorded, or since the middle of it, or not in all.
-            if armed_at_ns == 0 || armed_at_ns > opened_ns || blind.contains(instance) {
-                model.begin(readings);
-                continue;
-            }
-            if let (Some(opened), Some(closed)) =
-                (opened.get(instance), self.meters.by_instance.get(instance))
-            {
-                let pace = regime.paces.entry(*instance).or_default();
-                pace.traced(opened, closed, self.governor.cost_ns(opened, closed));
-                model.set_speed(pace.speed());
-                log::info!("PID {}: {:?}", target.process.pid, pace.speed());
-            }
-            // On the clock of its birth slices.
-            let window = Window {
-                opened_ns: opened_ns - armed_at_ns,
-                intake_ended_ns: intake_ended_ns - armed_at_ns,
-                closed_ns: closed_ns - armed_at_ns,
-            };
-            model.push(&window, readings);
+        self.leave(Underway::Window(open), session);
+        if let Some(regime) = &mut self.regime {
+            let read = [&opened, self.meters.by_instance()];
+            regime.take_up(&window, read, &blind, session, &self.governor);
         }
     }
 }

@@ -398,7 +398,7 @@ impl Estimate {
         if unnoticed > 1.0 {
             doubts.push(Doubt::ReuseRare);
         }
-        let died = judged.outlived - judged.unresolved;
+        let died = (judged.outlived - judged.unresolved).max(0.0);
         let outlived = judged.outlived.max(1.0);
         let mut remaining = Interval {
             low: 0.0,

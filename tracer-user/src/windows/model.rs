@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use tracer_common::{
-    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, lifetime_slot, lifetime_slot_end_ns},
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot, lifetime_slot_end_ns},
     site::Site,
 };
 
@@ -28,6 +28,18 @@ pub struct Window {
     pub intake_ended_ns: u64,
     /// Until when frees were recorded; no probe was taken away before.
     pub closed_ns: u64,
+}
+
+impl Window {
+    /// Of one in `CLOCK_MONOTONIC`, where that is the time when birth slices begin.
+    #[must_use]
+    pub const fn since(&self, begin_ns: u64) -> Self {
+        Self {
+            opened_ns: self.opened_ns - begin_ns,
+            intake_ended_ns: self.intake_ended_ns - begin_ns,
+            closed_ns: self.closed_ns - begin_ns,
+        }
+    }
 }
 
 /// How fast a process goes while windows are open, over how fast it does on average when no probe stands: one that is
@@ -73,6 +85,9 @@ pub struct Reading<'a> {
     pub lifetimes: &'a [u64; LIFETIME_SLOTS],
     /// Blocks in the ledger by birth, see [`Site::births`].
     pub births: &'a [u32; BIRTH_SLICES],
+    /// Blocks not in the ledger any more that were born before the first window, in the birth slice in which that
+    /// began, see [`Site::former_neighbour_frees`]. Wraps.
+    pub former_neighbour_frees: u32,
 }
 
 impl<'a> Reading<'a> {
@@ -88,6 +103,7 @@ impl<'a> Reading<'a> {
             reused: site.reused,
             lifetimes: &site.lifetimes,
             births: &site.births,
+            former_neighbour_frees: site.former_neighbour_frees,
         }
     }
 }
@@ -163,10 +179,28 @@ pub(super) struct AgeBin {
     pub(super) resolved: Spread,
 }
 
+/// A site's blocks from before the first window that are in the birth slice in which that began.
+#[derive(Clone, Copy, Debug, Default)]
+struct Neighbours {
+    /// In the ledger at that time.
+    blocks: u32,
+    /// [`Reading::former_neighbour_frees`] at that time.
+    frees: u32,
+}
+
+impl Neighbours {
+    /// In the ledger still.
+    const fn left(self, reading: &Reading<'_>) -> u32 {
+        let freed = reading.former_neighbour_frees.wrapping_sub(self.frees);
+        self.blocks.saturating_sub(freed)
+    }
+}
+
 /// What is kept of a site.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SiteWindows {
     pub(super) counters: Counters,
+    neighbours: Neighbours,
     /// As long as the list of all cohorts.
     pub(super) cohorts: Vec<Members>,
     /// Blocks that outlived their window, by intake time.
@@ -191,6 +225,8 @@ pub(super) struct SiteWindows {
 pub struct Model {
     cohorts: Cohorts,
     sites: HashMap<u32, SiteWindows>,
+    /// The birth slice in which the first window began, if blocks from before may be in it.
+    shared_slice: Option<usize>,
     windows: u32,
     /// A site that has done nothing so far.
     idle: SiteWindows,
@@ -212,8 +248,31 @@ impl Model {
         Self::default()
     }
 
-    /// Takes up what the counters of sites were before the next window: that belongs to none.
-    pub fn begin<'a>(&mut self, readings: impl IntoIterator<Item = (u32, Reading<'a>)>) {
+    /// Before the first window, of a process whose allocations were recorded before. What its sites have counted until
+    /// now, in nanoseconds on the clock of birth slices, belongs to no window.
+    pub fn begin<'a>(now_ns: u64, readings: impl IntoIterator<Item = (u32, Reading<'a>)>) -> Self {
+        let slice = birth_slice(now_ns);
+        let mut model = Self {
+            shared_slice: Some(slice),
+            ..Self::default()
+        };
+        for (id, reading) in readings {
+            let neighbours = Neighbours {
+                blocks: reading.births[slice],
+                frees: reading.former_neighbour_frees,
+            };
+            let site = SiteWindows {
+                counters: Counters::of(&reading),
+                neighbours,
+                ..SiteWindows::default()
+            };
+            model.sites.insert(id, site);
+        }
+        model
+    }
+
+    /// Takes up a window that tells nothing of the process: what its sites have counted belongs to none.
+    pub fn skip<'a>(&mut self, readings: impl IntoIterator<Item = (u32, Reading<'a>)>) {
         for (id, reading) in readings {
             let idle = &self.idle;
             let site = self.sites.entry(id).or_insert_with(|| idle.clone());
@@ -300,7 +359,12 @@ impl Model {
                 site.cohorts.iter_mut().zip(self.cohorts.list()).enumerate()
             {
                 let slices = &reading.births[cohort.slices.clone()];
-                let left: u64 = slices.iter().map(|&count| u64::from(count)).sum();
+                let mut left: u64 = slices.iter().map(|&count| u64::from(count)).sum();
+                if let Some(shared) = self.shared_slice
+                    && cohort.slices.contains(&shared)
+                {
+                    left = left.saturating_sub(u64::from(site.neighbours.left(&reading)));
+                }
                 let at_risk = std::mem::replace(&mut members.unresolved, left);
                 // Blocks are as old as the youngest of their cohort where it is asked how old they are, and
                 // as the oldest where it is asked how much they aged: both understate.
@@ -428,4 +492,58 @@ fn octave_below(window: &Window) -> Option<usize> {
     (0..LIFETIME_SLOTS)
         .rev()
         .find(|&slot| slot > 0 && lifetime_slot_end_ns(slot) <= drain_ns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a site that frees nothing but by reuse.
+    fn reading(
+        allocs: u64,
+        reused: u64,
+        births: &[u32; BIRTH_SLICES],
+        former_neighbour_frees: u32,
+    ) -> Reading<'_> {
+        Reading {
+            allocs,
+            alloc_bytes: 0,
+            frees: reused,
+            freed_bytes: 0,
+            old_frees: 0,
+            reused,
+            lifetimes: &[0; LIFETIME_SLOTS],
+            births,
+            former_neighbour_frees,
+        }
+    }
+
+    #[test]
+    fn blocks_from_before_the_first_window_are_in_no_cohort() {
+        const SITE: u32 = 7;
+        const SECOND_NS: u64 = 1_000_000_000;
+        let since_ns = 62 * SECOND_NS;
+        let window = |after_s: u64| Window {
+            opened_ns: since_ns + after_s * SECOND_NS,
+            intake_ended_ns: since_ns + after_s * SECOND_NS + SECOND_NS / 5,
+            closed_ns: since_ns + after_s * SECOND_NS + SECOND_NS / 3,
+        };
+        let slice = birth_slice(since_ns);
+        assert_eq!(birth_slice(window(0).intake_ended_ns), slice);
+        let mut births = [0; BIRTH_SLICES];
+
+        // Five that died before were of the slice too.
+        births[slice] = 100;
+        let mut model = Model::begin(since_ns, [(SITE, reading(130, 0, &births, 5))]);
+        births[slice] += 40;
+        model.push(&window(0), [(SITE, reading(170, 0, &births, 5))]);
+        let survival = model.survival(SITE);
+        assert_eq!((survival[0].outlived, survival[0].unresolved), (40, 40));
+
+        // Ninety of the former die, and ten of the window's.
+        births[slice] -= 90 + 10;
+        model.push(&window(60), [(SITE, reading(170, 10, &births, 95))]);
+        let survival = model.survival(SITE);
+        assert_eq!((survival[0].outlived, survival[0].unresolved), (40, 30));
+    }
 }

@@ -44,6 +44,7 @@ impl Counts {
             reused: self.reused,
             lifetimes: &self.lifetimes,
             births: &self.births,
+            former_neighbour_frees: 0,
         }
     }
 }

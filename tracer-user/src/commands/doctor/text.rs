@@ -6,6 +6,7 @@ use super::{Does, FunctionReport, HostReport, Patient, Report, Verdict};
 use crate::{
     calibrate::ProbeCost,
     forecast::Forecast,
+    governor::Gear,
     host::{Bpf, Lockdown, UretprobeSyscall},
     preflight::Severity,
     report::units::{count, duration},
@@ -215,10 +216,10 @@ fn forecast(forecast: &Forecast, out: &mut dyn Write) -> io::Result<()> {
         duration(*counted_s),
     )?;
     let plan = match *gear {
-        "exact" => "would record every call".to_owned(),
-        "sampled" => "would record some calls, each for others".to_owned(),
-        "windows" => format!("would record every call in {recorded_percent:.1} % of the time"),
-        _ => "would hardly record anything".to_owned(),
+        Gear::Exact => "would record every call".to_owned(),
+        Gear::Sampled => "would record some calls, each for others".to_owned(),
+        Gear::Windows => format!("would record every call in {recorded_percent:.1} % of the time"),
+        Gear::Paused => "would hardly record anything".to_owned(),
     };
     writeln!(
         out,

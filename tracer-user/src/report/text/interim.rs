@@ -16,10 +16,9 @@ use crate::terminal::harmless;
 fn leak(site: &SiteReport) -> String {
     match &site.leak_rate {
         Some(rate) if rate.is_certain() => {
-            format!(
-                ", leaks {}/s",
-                bytes(rate.bytes_per_s.estimate.round() as u64)
-            )
+            let [least, most] = [rate.bytes_per_s.low, rate.bytes_per_s.high]
+                .map(|rate| bytes(rate.round() as u64));
+            format!(", leaks {least} to {most}/s")
         }
         _ => String::new(),
     }

@@ -13,7 +13,7 @@ use super::{
     stack::{OWN, write_frames},
     units::{bytes, count, counted, duration, form},
 };
-use crate::{sampling::Margins, terminal::harmless};
+use crate::{governor::Gear, sampling::Margins, terminal::harmless};
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -395,8 +395,8 @@ fn otherwise(report: &Report) -> String {
         return String::new();
     };
     let first = match report.filters.sample_bytes {
-        Some(_) => "sampled",
-        None => "exact",
+        Some(_) => Gear::Sampled,
+        None => Gear::Exact,
     };
     let changes = budget.changes.iter();
     let gears = std::iter::once(first).chain(changes.clone().map(|change| change.gear));
@@ -406,9 +406,9 @@ fn otherwise(report: &Report) -> String {
     let mut others: Vec<&str> = Vec::new();
     let mut since_ms = 0;
     for (gear, end_ms) in gears.zip(ends_ms) {
-        if gear != "windows" && end_ms - since_ms.min(end_ms) > MOMENT_MS && !others.contains(&gear)
-        {
-            others.push(gear);
+        let lasted = end_ms - since_ms.min(end_ms) > MOMENT_MS;
+        if gear != Gear::Windows && lasted && !others.contains(&gear.name()) {
+            others.push(gear.name());
         }
         since_ms = end_ms;
     }
