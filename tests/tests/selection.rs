@@ -90,7 +90,7 @@ fn processes_are_named_by_patterns_and_paths_and_left_out() {
         ["unfreed-sel-1", "unfreed-sel-2", "unfreed-other"].map(|name| names.start(name));
     let program = names.path().join("unfreed-sel-1");
     let program = program.to_str().expect("a path in UTF-8");
-    let everything = format!("{}/*", names.path().display());
+    let everything = format!("{}/unfreed-*", names.path().display());
     let sessions = [
         attach(["unfreed-sel-*"]),
         attach([program]),

@@ -25,7 +25,7 @@ const BPF_PACKAGES: [Package; 6] = [
 ];
 
 /// What the integration tests run, trace or compile fixtures with.
-const TEST_PACKAGES: [Package; 27] = [
+const TEST_PACKAGES: [Package; 28] = [
     Package::new("gcc", "fixtures in C"),
     Package::new("g++", "fixtures in C++"),
     Package::new("libc6-dev", "headers of the fixtures"),
@@ -56,6 +56,7 @@ const TEST_PACKAGES: [Package; 27] = [
     Package::new("postgresql", "a real server with plugins to unwind"),
     Package::new("python3", "a real interpreter to trace"),
     Package::new("nodejs", "a JIT compiler that tells its functions"),
+    Package::new("shfmt", "a program in Go, which is refused"),
     Package::new("dwz", "debug files that have a part in common"),
     Package::new("valgrind", "the reference for what is lost"),
     Package::new("libc6-dbg", "valgrind needs the loader's symbols"),

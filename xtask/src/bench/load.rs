@@ -57,6 +57,9 @@ pub(super) trait Load {
 
     /// Measures one period.
     fn measure(&mut self, way: Way) -> Result<Measured>;
+
+    /// Has it take nothing of the machine until it is measured again, if it would.
+    fn rest(&mut self) {}
 }
 
 /// A program that runs until it is dropped.
@@ -111,7 +114,7 @@ impl Attachable {
 
     fn wrapped(&mut self, way: Way) -> Result<Measured> {
         // The other one would take a part of the machine.
-        self.running = None;
+        self.rest();
         let mut running = (self.start)(way)?;
         // Until everything is translated, or loaded.
         running.work(self.time / 2)?;
@@ -179,6 +182,10 @@ impl Load for Attachable {
             tracer.stop()?;
         }
         result
+    }
+
+    fn rest(&mut self) {
+        self.running = None;
     }
 }
 

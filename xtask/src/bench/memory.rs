@@ -22,8 +22,8 @@ use super::{
 const EVENTS_PER_S: &str = "100000";
 /// How long a session is watched: a table of the default interval falls into it.
 const WATCHED: Duration = Duration::from_secs(12);
-/// The ledger, as the kernel calls its map.
-const LEDGER: &str = "LEDGER";
+/// The ledger, as the kernel calls its maps.
+const LEDGER: [&str; 2] = ["BUCKETS", "OLD_BLOCKS"];
 
 const MB_PER_MIB: f64 = 1.048_576;
 const MILLION: u64 = 1_000_000;
@@ -36,7 +36,7 @@ struct Seen {
     /// Meanwhile, and at most since the start.
     memory_mib: f64,
     peak_mib: f64,
-    /// Of the ledger, a live block or a place for one.
+    /// Kernel memory of the ledger for a live block.
     entry_bytes: f64,
     /// Of all maps.
     kernel_mib: f64,
@@ -83,7 +83,7 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
         " MiB",
     );
     row(
-        "the ledger's, an entry",
+        "the ledger's, for a block",
         |seen| seen.entry_bytes,
         1,
         " bytes",
@@ -105,7 +105,7 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
             1,
         ),
         Claim::figure(
-            "1 M live blocks: an entry of the ledger",
+            "1 M live blocks: kernel memory of the ledger for one",
             of(|seen| seen.entry_bytes),
             Limit::AtMost(112.0),
             " bytes",
@@ -132,9 +132,21 @@ fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) 
     let mut command = Way::Exact.unfreed_attach(target)?;
     command.args(options).arg("-o").arg(&text);
     let tracer = Tracer::start(command, Way::Exact, target)?;
+    let maps = process::maps(tracer.pid())?;
+    let ledger = maps
+        .iter()
+        .filter(|map| LEDGER.contains(&map.name.as_str()));
+    let ledger: Vec<f64> = ledger.map(|map| map.bytes).collect();
+    ensure!(
+        ledger.len() == LEDGER.len(),
+        "unfreed's ledger is not found"
+    );
+    let host = process::host_kernel_bytes()?;
     lines.tell()?;
     // Says something when all are there.
     lines.next()?;
+    // What is there from the start, and what the kernel really took for the rest, of which it says less by map.
+    let ledger_bytes = ledger.iter().sum::<f64>() + process::host_kernel_bytes()? - host;
 
     let start = tracer.reading();
     let (since, mut memory_mib, mut events, mut periods) = (Instant::now(), 0.0_f64, 0.0, 0.0);
@@ -144,9 +156,6 @@ fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) 
         memory_mib = memory_mib.max(process::memory_mib(tracer.pid())?.0);
     }
     let own = tracer.own_since(start)?;
-    let maps = process::maps(tracer.pid())?;
-    let ledger = maps.iter().find(|map| map.name == LEDGER);
-    let ledger = ledger.context("unfreed has no ledger")?;
     // What it does for its report is no part of the figures.
     tracer.stop()?;
     drop(lines);
@@ -156,16 +165,11 @@ fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) 
         known >= blocks - 1 && known <= blocks + 1,
         "{known} of {blocks} live blocks are in the report"
     );
-    let entries = if ledger.grows {
-        blocks as f64
-    } else {
-        ledger.max_entries
-    };
     Ok(Seen {
         cpu_percent: own.cpu * 100.0,
         memory_mib,
         peak_mib: own.memory_mib,
-        entry_bytes: ledger.bytes / entries,
+        entry_bytes: ledger_bytes / blocks as f64,
         kernel_mib: own.kernel_mib.unwrap_or(f64::NAN),
         events_per_s: events / periods,
     })

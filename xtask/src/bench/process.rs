@@ -97,9 +97,19 @@ pub(super) struct Map {
     /// At most 15 characters.
     pub(super) name: String,
     pub(super) bytes: f64,
-    pub(super) max_entries: f64,
-    /// Whether it takes memory for entries only when they come.
-    pub(super) grows: bool,
+}
+
+/// Memory that the kernel has taken for itself on the whole host, which cannot be had back: slabs, areas that it
+/// maps, and what each CPU has.
+pub(super) fn host_kernel_bytes() -> Result<f64> {
+    let text = fs::read_to_string("/proc/meminfo").context("failed to read /proc/meminfo")?;
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(first_number)
+            .with_context(|| format!("/proc/meminfo has no {name}"))
+    };
+    let parts = [kib("SUnreclaim:")?, kib("VmallocUsed:")?, kib("Percpu:")?];
+    Ok(parts.iter().sum::<f64>() * 1024.0)
 }
 
 /// The maps that a process holds open, with the memory that the kernel charges for each.
@@ -124,9 +134,6 @@ pub(super) fn maps(pid: u32) -> Result<Vec<Map>> {
         .map(|map| Map {
             name: map["name"].as_str().unwrap_or_default().to_owned(),
             bytes: number(map, "bytes_memlock"),
-            max_entries: number(map, "max_entries"),
-            // BPF_F_NO_PREALLOC
-            grows: map["flags"].as_u64().unwrap_or(0) & 1 != 0,
         })
         .collect())
 }

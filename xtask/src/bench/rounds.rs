@@ -22,13 +22,14 @@ pub(super) fn interleave(load: &mut dyn Load, ways: &[Way], rounds: usize) -> Re
     all.pop().context("measured nothing")
 }
 
-/// The same of several loads that are compared with each other: a round is one of each.
+/// The same of several loads that are compared with each other: a round is one of each, alone on the machine.
 pub(super) fn side_by_side(
     loads: &mut [&mut dyn Load],
     ways: &[Way],
     rounds: usize,
 ) -> Result<Vec<Rounds>> {
     let mut all: Vec<Rounds> = loads.iter().map(|_| Rounds::default()).collect();
+    let is_alone = loads.len() == 1;
     for round in 1..=rounds {
         for &way in ways {
             for (load, Rounds { measured }) in loads.iter_mut().zip(&mut all) {
@@ -40,6 +41,9 @@ pub(super) fn side_by_side(
                 let one = load
                     .measure(way)
                     .with_context(|| format!("failed to measure {what}"))?;
+                if !is_alone {
+                    load.rest();
+                }
                 eprintln!(
                     "round {round} of {rounds}: {what:<46}{:>7.1} s, {:>12.3} µs of CPU time each",
                     start.elapsed().as_secs_f64(),
