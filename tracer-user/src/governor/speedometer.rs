@@ -7,8 +7,12 @@ use crate::windows::Speed;
 const LOOK_NS: f64 = 10e6;
 /// How well it is known what hits cost, in proportion: where caches are cold, they cost more.
 const COST_ERROR: f64 = 0.25;
-/// What interrupts are held back for while a hit is served shows as time outside of the kernel.
-const USER_TIME_ERROR: f64 = 0.25;
+/// What shows as time outside of the kernel of the time that hits take: the timer's interrupt is held back for a part
+/// of it, until the program goes on. Measured, by a loop that does nothing but hit: 0.072 to 0.077; in a server 0.095
+/// to 0.144, what else is slower while it is traced included.
+const HITS_IN_USER_TIME: f64 = 0.08;
+/// It depends on how the kernel counts time, so that it may be nothing or twice as much.
+const HITS_IN_USER_TIME_ERROR: f64 = 0.08;
 /// Whoever reads and writes less often than that in a second of processor time may do so by the clock.
 const MANY_TRANSFERS: f64 = 2000.0;
 /// Work is not all alike.
@@ -80,13 +84,13 @@ impl Speedometer {
             error: (COST_ERROR * cost_ns / own_ns.max(1.0)).min(1.0),
         };
         let looks = traced.user_ns.min(untraced.user_ns) / LOOK_NS;
+        let user_ns = (traced.user_ns - HITS_IN_USER_TIME * cost_ns).max(0.0);
         let by_user_time = Speed {
-            ratio: ratio(
-                rate(traced.user_ns, traced),
-                rate(untraced.user_ns, untraced),
-            ),
+            ratio: ratio(rate(user_ns, traced), rate(untraced.user_ns, untraced)),
             // Twice the deviation of a count.
-            error: (2.0 / looks.max(1.0).sqrt() + USER_TIME_ERROR).min(1.0),
+            error: (2.0 / looks.max(1.0).sqrt()
+                + HITS_IN_USER_TIME_ERROR * cost_ns / user_ns.max(1.0))
+            .min(1.0),
         };
         let is_server = untraced.transfers > MANY_TRANSFERS * untraced.cpu_ns / 1e9;
         let by_transfers = Speed {
@@ -123,15 +127,15 @@ mod tests {
     fn time_outside_of_the_kernel_is_the_processs_own() {
         let mut meter = Speedometer::default();
         meter.untraced(&reading(0, 0, 0), &reading(10_000, 10_000, 8_000));
-        // What hits cost is wrong, and does not matter.
+        // A quarter of that is its own, and of the rest a little looks so.
         meter.traced(
             &reading(10_000, 10_000, 8_000),
-            &reading(14_000, 14_000, 8_800),
-            3.9e9,
+            &reading(14_000, 14_000, 9_040),
+            3.0e9,
         );
         let speed = meter.speed();
         assert!((speed.ratio - 0.25).abs() < 1e-9, "{speed:?}");
-        assert!((0.4..0.5).contains(&speed.error), "{speed:?}");
+        assert!((0.4..0.55).contains(&speed.error), "{speed:?}");
     }
 
     #[test]
