@@ -99,7 +99,10 @@ const _: () = {
 };
 pod!(Bucket);
 
-/// Number of the bucket of a block, of so many: a power of two, at most 2^16.
+/// Buckets that [`bucket_of`] can tell apart.
+pub const MAX_BUCKETS: u32 = 1 << 24;
+
+/// Number of the bucket of a block, of so many: a power of two, at most [`MAX_BUCKETS`].
 #[inline(always)]
 #[must_use]
 pub const fn bucket_of(key: &BlockKey, buckets: u32) -> u32 {
@@ -107,27 +110,36 @@ pub const fn bucket_of(key: &BlockKey, buckets: u32) -> u32 {
     const MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
     // Addresses are multiples of 16; neighbours are to be in different buckets.
     let mixed = (key.address >> 4 ^ key.scope << 40 ^ key.scope >> 16).wrapping_mul(MULTIPLIER);
-    (mixed >> 48) as u32 & (buckets - 1)
+    (mixed >> (64 - MAX_BUCKETS.ilog2())) as u32 & (buckets - 1)
 }
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::vec;
+
     use super::*;
 
     #[test]
     fn neighbours_are_spread_over_the_buckets() {
-        const BUCKETS: u32 = 1 << 10;
-        for (stride, scopes) in [(16, 1), (48, 1), (4096, 1), (0, 1000)] {
-            let mut blocks = [0; BUCKETS as usize];
-            for number in 0..u64::from(BUCKETS) {
-                let key = BlockKey {
-                    address: 0x5555_5555_0010 + number * stride,
-                    scope: scope(1 + (number % scopes) as u32, 0),
-                };
-                blocks[bucket_of(&key, BUCKETS) as usize] += 1;
+        for buckets in [1 << 10, 1 << 16, 1 << 20] {
+            for (stride, scopes) in [(16, 1), (48, 1), (4096, 1), (0, 1000)] {
+                let mut blocks = vec![0; buckets as usize];
+                let keys = if scopes == 1 { buckets.into() } else { scopes };
+                for number in 0..keys {
+                    let key = BlockKey {
+                        address: 0x5555_5555_0010 + number * stride,
+                        scope: scope(1 + (number % scopes) as u32, 0),
+                    };
+                    blocks[bucket_of(&key, buckets) as usize] += 1;
+                }
+                let most = blocks.iter().max().copied();
+                assert!(
+                    most < Some(12),
+                    "{most:?} of {buckets} at a stride of {stride}"
+                );
             }
-            let most = blocks.iter().max().copied();
-            assert!(most < Some(12), "{most:?} at a stride of {stride}");
         }
     }
 

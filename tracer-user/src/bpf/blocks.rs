@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use aya::maps::{HashMap, MapData};
 use tracer_common::ledger::{
-    BUCKET_BLOCKS, Block, BlockKey, Bucket, Entry, FREE, TAKEN, bucket_of, instance_of,
+    BUCKET_BLOCKS, Block, BlockKey, Bucket, Entry, FREE, MAX_BUCKETS, TAKEN, bucket_of, instance_of,
 };
 
 use super::{
@@ -34,6 +34,7 @@ impl Rooms {
         let fitting = max_live_blocks / (2 * BUCKET);
         let buckets = match fitting {
             0 => 1,
+            MAX_BUCKETS.. => MAX_BUCKETS,
             _ => 1 << fitting.ilog2(),
         };
         Self {
