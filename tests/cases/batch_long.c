@@ -1,4 +1,4 @@
-// case: the same, a batch of 45 seconds
+// case: records are collected for 45 seconds and written at once
 #include "case.h"
 
 enum { MOST = 8000 };

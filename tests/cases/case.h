@@ -3,7 +3,8 @@
 //   CASE SECONDS SEED
 //
 // and works for so long at so many requests a second as it says of itself. What is allocated in a function whose name
-// begins with `leak_` is leaked by it; nothing else is, however long it is kept. A case begins with
+// begins with `leak_` is leaked by it; nothing else is, however long it is kept. So these functions call the allocator
+// themselves, alike as they are: a helper would be the nearest frame. A case begins with
 //
 //   // case: what it does
 #pragma once

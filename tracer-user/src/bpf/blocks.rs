@@ -43,15 +43,18 @@ impl Rooms {
         }
     }
 
-    /// Kernel memory at most, in bytes.
-    pub(super) const fn bytes(self) -> u64 {
-        // Key, value and hash link, in a slab of 96 bytes, with whose memory it is; and the hash map's own
-        // buckets.
-        const OTHER_BYTES: u64 = 106;
+    /// Kernel memory before the first block, in bytes.
+    pub(super) const fn start_bytes(self) -> u64 {
         const HASH_BUCKET_BYTES: u64 = 16;
         self.buckets as u64 * size_of::<Bucket>() as u64
-            + self.others as u64 * OTHER_BYTES
             + self.others.next_power_of_two() as u64 * HASH_BUCKET_BYTES
+    }
+
+    /// Kernel memory at most, in bytes.
+    pub(super) const fn bytes(self) -> u64 {
+        // Key, value and hash link, in a slab of 96 bytes, with whose memory it is.
+        const OTHER_BYTES: u64 = 106;
+        self.start_bytes() + self.others as u64 * OTHER_BYTES
     }
 }
 
@@ -147,7 +150,6 @@ mod tests {
             let in_buckets = rooms.buckets * BUCKET_BLOCKS as u32;
             assert_eq!(in_buckets + rooms.others, max_live);
             assert!(rooms.buckets.is_power_of_two());
-            // Most is not there before it is needed.
             assert!(in_buckets <= max_live / 2);
         }
     }
@@ -158,6 +160,12 @@ mod tests {
         for max_live in (1..200).map(|step| step << 17) {
             let rooms = Rooms::of(max_live);
             assert!(rooms.bytes() <= 112 * u64::from(max_live), "{max_live}");
+            // Most is not there before it is needed.
+            assert!(2 * rooms.start_bytes() < rooms.bytes(), "{max_live}");
+            assert!(
+                rooms.start_bytes() <= 37 * u64::from(max_live),
+                "{max_live}"
+            );
         }
     }
 }

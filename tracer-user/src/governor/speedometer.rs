@@ -135,7 +135,7 @@ mod tests {
         );
         let speed = meter.speed();
         assert!((speed.ratio - 0.25).abs() < 1e-9, "{speed:?}");
-        assert!((0.4..0.55).contains(&speed.error), "{speed:?}");
+        assert!((0.4..0.5).contains(&speed.error), "{speed:?}");
     }
 
     #[test]

@@ -87,7 +87,7 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
     });
     let mut loads = loads.into_iter().collect::<Result<Vec<_>>>()?;
     let mut loads: Vec<&mut dyn Load> = loads.iter_mut().map(|load| load as _).collect();
-    scaling(&rounds::side_by_side(&mut loads, &ways, rounds)?, report);
+    scaling(&rounds::in_turns(&mut loads, &ways, rounds)?, report);
     Ok(())
 }
 

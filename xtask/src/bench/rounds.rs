@@ -18,12 +18,12 @@ pub(super) struct Rounds {
 
 /// Measures a load in all of the ways, so many times.
 pub(super) fn interleave(load: &mut dyn Load, ways: &[Way], rounds: usize) -> Result<Rounds> {
-    let mut all = side_by_side(&mut [load], ways, rounds)?;
+    let mut all = in_turns(&mut [load], ways, rounds)?;
     all.pop().context("measured nothing")
 }
 
 /// The same of several loads that are compared with each other: a round is one of each, alone on the machine.
-pub(super) fn side_by_side(
+pub(super) fn in_turns(
     loads: &mut [&mut dyn Load],
     ways: &[Way],
     rounds: usize,
@@ -74,7 +74,7 @@ impl Rounds {
         (!figures.is_empty()).then(|| median(figures))
     }
 
-    /// The median of the rounds' ratios to another load's, measured side by side; not a number if one was not.
+    /// The median of the rounds' ratios to another load's, measured in the same rounds; not a number if one was not.
     pub(super) fn ratio_to(&self, base: &Self, way: Way, of: fn(&Measured) -> Option<f64>) -> f64 {
         let pairs = self.figures(way, of).into_iter().zip(base.figures(way, of));
         let ratios: Vec<f64> = pairs.map(|(figure, base)| figure / base).collect();
