@@ -59,7 +59,7 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
     let of = |of: fn(&Seen) -> f64| median(one.iter().map(of).collect());
     report.say(&format!(
         "A program with live blocks from a thousand stacks, and {:.0} allocations and frees a second among them, \
-         every call recorded; medians of {rounds} rounds, ten million once. In each, unfreed's report knew every \
+         every call recorded; one million in {rounds} rounds, of which the medians are shown, ten million once. In each, unfreed's report knew every \
          block, and nothing was missed.",
         of(|seen| seen.events_per_s)
     ));

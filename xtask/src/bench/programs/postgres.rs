@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -26,6 +26,13 @@ use crate::{
 /// The server refuses to be root's.
 const NOBODY: u32 = 65534;
 
+/// What pgbench asks for: its own transactions either update, so that each has more old rows to pass than the last, or
+/// read one row, for which the server allocates next to nothing. This reads some, and sorts and collects them.
+const REPORT: &str = "\\set first random(1, 99900)\n\
+    SELECT aid % 5 AS part, count(*), jsonb_agg(account ORDER BY aid DESC) \
+    FROM pgbench_accounts account WHERE aid BETWEEN :first AND :first + 99 \
+    GROUP BY part ORDER BY part;\n";
+
 /// PostgreSQL as a load.
 pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
     let template = Arc::new(Template::make()?);
@@ -34,7 +41,7 @@ pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
     };
     let mut load = Attachable::new(
         "PostgreSQL",
-        "SELECTs of pgbench",
+        "reports as JSON, asked for by pgbench",
         directory,
         Box::new(start),
     );
@@ -93,11 +100,14 @@ impl Postgres {
                 .arg(template.directory.0.join("data"))
                 .arg(&directory.0),
         )?;
+        let script = directory.0.join("report.sql");
+        fs::write(&script, REPORT).context("failed to write a script for pgbench")?;
         let server = server(way, &template.programs, &directory.0)?;
         let mut command = pgbench(&template.programs, &directory.0);
         command
-            // What is only read stays as it is: updates would have ever longer chains of old rows to pass.
-            .args(["-n", "-S", "-c1", "-T100000", "-l", "postgres"])
+            .args(["-n", "-c1", "-T100000", "-l", "-f"])
+            .arg(script)
+            .arg("postgres")
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let mut pgbench = Process::start(&mut command)?;
@@ -144,19 +154,36 @@ impl Running for Postgres {
         self.pgbench.check().context("pgbench")?;
         let mut log = File::open(&self.log).context("failed to open pgbench's log")?;
         log.seek(SeekFrom::End(0))?;
-        let (start, cpu_before) = (Instant::now(), process::cpu_ns(self.backend)?);
+        let (start, cpu_before) = (since_epoch()?, process::cpu_ns(self.backend)?);
         std::thread::sleep(time);
-        let cpu_ns = process::cpu_ns(self.backend)? - cpu_before;
-        let wall_s = start.elapsed().as_secs_f64();
-        // The log is written in pieces of 4 KiB, a hundred transactions: what is late is what was at the start.
-        let lines = BufReader::new(log).lines().map_while(Result::ok);
-        let mut times_us: Vec<f64> = lines.filter_map(|line| latency_us(&line)).collect();
+        let (end, cpu_after) = (since_epoch()?, process::cpu_ns(self.backend)?);
+        // pgbench writes a hundred transactions at a time, so that they come late, but each says when it ended.
+        let mut times_us = Vec::new();
+        let (mut log, mut line) = (BufReader::new(log), String::new());
+        process::wait_until("pgbench writes its log", || {
+            while log.read_line(&mut line)? > 0 {
+                // What has only begun to be written is read on.
+                if !line.ends_with('\n') {
+                    break;
+                }
+                let transaction = Transaction::parse(&line);
+                line.clear();
+                match transaction {
+                    Some(transaction) if transaction.end >= end => return Ok(true),
+                    Some(transaction) if transaction.end >= start => {
+                        times_us.push(transaction.time_us);
+                    }
+                    _ => {}
+                }
+            }
+            Ok(false)
+        })?;
         ensure!(!times_us.is_empty(), "pgbench made no transaction");
         times_us.sort_by(f64::total_cmp);
         let count = times_us.len() as f64;
         Ok(Period {
-            per_s: count / wall_s,
-            cpu_ns: cpu_ns / count,
+            per_s: count / (end - start).as_secs_f64(),
+            cpu_ns: (cpu_after - cpu_before) / count,
             p99_ns: times_us
                 .get(times_us.len() * 99 / 100)
                 .map(|us| us * 1000.0),
@@ -167,16 +194,38 @@ impl Running for Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         let pid = self.pgbench.pid();
-        let _ = self.pgbench.end(&[pid], "INT");
+        // An interrupt it would ignore wherever what started the benchmark does.
+        let _ = self.pgbench.end(&[pid], "TERM");
         let pid = self.server.pid();
         let _ = self.server.end(&[pid], "INT");
     }
 }
 
-/// `client transaction time_us script seconds microseconds`
-fn latency_us(line: &str) -> Option<f64> {
-    let fields: Vec<&str> = line.split_whitespace().collect();
-    (fields.len() >= 6).then(|| fields[2].parse().ok())?
+fn since_epoch() -> Result<Duration> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.context("the clock is wrong")
+}
+
+/// A line of pgbench's log.
+struct Transaction {
+    time_us: f64,
+    /// Since the epoch.
+    end: Duration,
+}
+
+impl Transaction {
+    /// `client transaction time_us script seconds microseconds`
+    fn parse(line: &str) -> Option<Self> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, time_us, _, seconds, micros] = fields[..] else {
+            return None;
+        };
+        let seconds = Duration::from_secs(seconds.parse().ok()?);
+        Some(Self {
+            time_us: time_us.parse().ok()?,
+            end: seconds + Duration::from_micros(micros.parse().ok()?),
+        })
+    }
 }
 
 fn server(way: Way, programs: &Path, directory: &Path) -> Result<Process> {
@@ -252,7 +301,12 @@ mod tests {
 
     #[test]
     fn test_a_transaction_in_the_log_is_read() {
-        assert_eq!(latency_us("0 199 2241 0 1175850568 995598"), Some(2241.0));
-        assert_eq!(latency_us("0 199"), None);
+        let transaction = Transaction::parse("0 199 2241 0 1175850568 995598\n").unwrap();
+        assert!((transaction.time_us - 2241.0).abs() < f64::EPSILON);
+        assert_eq!(
+            transaction.end,
+            Duration::from_micros(1_175_850_568_995_598)
+        );
+        assert!(Transaction::parse("0 199").is_none());
     }
 }
