@@ -90,7 +90,8 @@ fn measure(pairs: &mut Pairs, way: Way) -> Result<f64> {
     const LINES: usize = 30;
     let mut tracer = unfreed()?
         .args(["attach", &pairs.pid().to_string(), "--format", "json"])
-        .args(["--exact", "--measure", way.option()])
+        // Walks are measured by return probes, so that the others have to be some.
+        .args(["--exact", "--no-sessions", "--measure", way.option()])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
