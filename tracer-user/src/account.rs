@@ -6,6 +6,7 @@ use std::{
     fmt,
     path::Path,
     rc::Rc,
+    time::Duration,
 };
 
 use sha2::{Digest as _, Sha256};
@@ -20,11 +21,13 @@ use crate::{
     definitions::Definitions,
     discover::{allocators::Call, process::Process},
     files::Location,
+    history::{Judging, Tally},
     report::{Exit, FamilyReport, LeakRate, ProcessReport, SiteReport, Totals},
     sampling::Variances,
     stacks::{Stack, StackQuality},
     symbolize::Names,
     target::{End, Target},
+    verdict::{Judgement, Verdict},
     windows::Estimate,
 };
 
@@ -79,6 +82,57 @@ pub struct Figures<'a> {
     pub definitions: &'a Definitions,
     /// Whether calls of children that borrow the memory are seen.
     pub sees_vfork: bool,
+    /// How sites are judged.
+    pub judging: &'a Judging,
+}
+
+/// A site on the kernel side, and which one it is.
+struct Identified<'a> {
+    id: SiteId,
+    /// Of the kernel side.
+    number: u32,
+    site: &'a Site,
+    family: Family,
+    stack: Option<&'a Rc<Stack>>,
+}
+
+impl<'a> Figures<'a> {
+    /// Which sites they are; without calls inside others.
+    fn identified(&self) -> impl Iterator<Item = Identified<'a>> {
+        let misses_calls = self.state.was_sampled != 0;
+        self.sites.iter().filter_map(move |(number, site)| {
+            let stack = self.stacks.get(number);
+            let family = Family::try_from(site.family).unwrap_or(HEAP);
+            let is_mapping = self.definitions.mappings() == Some(family);
+            let outer = match is_mapping && self.was_windowed {
+                // The allocator's own business, which shows only while its probes stand.
+                true => HEAP,
+                false => family,
+            };
+            if misses_calls && stack.is_some_and(|stack| is_nested(stack, outer)) {
+                return None;
+            }
+            let name = self.definitions.family(family);
+            let places = stack.map_or(&[][..], |stack| stack.frames());
+            Some(Identified {
+                id: SiteId::new(places, name.map(|family| family.name.as_str())),
+                number: *number,
+                site,
+                family,
+                stack,
+            })
+        })
+    }
+
+    /// What the sites have counted. Stacks that differ only beyond what can be believed are one site.
+    #[must_use]
+    pub fn tallies(&self) -> HashMap<SiteId, Tally> {
+        let mut tallies: HashMap<SiteId, Tally> = HashMap::new();
+        for one in self.identified() {
+            tallies.entry(one.id).or_default().add(&Tally::of(one.site));
+        }
+        tallies
+    }
 }
 
 /// What a process instance did; or several of a program, as one.
@@ -131,6 +185,8 @@ pub struct SiteAccount {
     pub stack: Option<Rc<Stack>>,
     /// What it leaks, where windows told.
     pub leak: Option<LeakRate>,
+    /// What becomes of its blocks.
+    pub judgement: Judgement,
     /// Its live blocks, if they were looked at and there were any.
     pub ages: Option<Ages>,
 }
@@ -149,6 +205,7 @@ impl SiteAccount {
             (ours, Some(theirs)) => *ours = Some(theirs.clone()),
             (_, None) => {}
         }
+        self.judgement.join(&other.judgement);
         match (&mut self.ages, &other.ages) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
             (ours, theirs) => *ours = ours.or(*theirs),
@@ -248,22 +305,15 @@ impl Account {
         let mut quality = StackQuality::default();
         // Stacks that differ only beyond what can be believed are one site.
         let mut sites: HashMap<SiteId, SiteAccount> = HashMap::new();
-        for (id, site) in figures.sites {
-            let stack = figures.stacks.get(id);
-            let family = Family::try_from(site.family).unwrap_or(HEAP);
-            let misses_calls = state.was_sampled != 0;
-            let is_mapping = figures.definitions.mappings() == Some(family);
-            let outer = match is_mapping && figures.was_windowed {
-                // The allocator's own business, which shows only while its probes stand.
-                true => HEAP,
-                false => family,
-            };
-            if misses_calls && stack.is_some_and(|stack| is_nested(stack, outer)) {
-                continue;
-            }
+        for Identified {
+            id,
+            number,
+            site,
+            family,
+            stack,
+        } in figures.identified()
+        {
             quality.add(stack.map(AsRef::as_ref), site.allocs);
-            let name = figures.definitions.family(family);
-            let places = stack.map_or(&[][..], |stack| stack.frames());
             let account = SiteAccount {
                 family,
                 allocs: site.allocs,
@@ -272,14 +322,26 @@ impl Account {
                 freed_bytes: site.freed_bytes,
                 missed_frees: site.missed_frees,
                 variances: Variances::of(site),
-                leak: figures.leaks.get(id).map(LeakRate::from),
+                leak: figures.leaks.get(&number).map(LeakRate::from),
+                judgement: Judgement::default(),
                 stack: stack.cloned(),
-                ages: figures.ages.get(id).copied(),
+                ages: figures.ages.get(&number).copied(),
             };
             sites
-                .entry(SiteId::new(places, name.map(|family| family.name.as_str())))
+                .entry(id)
                 .and_modify(|known| known.add(&account))
                 .or_insert(account);
+        }
+        let ran_before = match target.from_start {
+            true => Duration::ZERO,
+            false => target.ran_before,
+        };
+        for (id, site) in &mut sites {
+            let judged = target.history.judge(*id, figures.judging, ran_before);
+            site.judgement = match &site.leak {
+                Some(leak) if judged.verdict == Verdict::InsufficientData => leak.judgement(),
+                _ => judged,
+            };
         }
         Self {
             process: target.process.clone(),
@@ -438,7 +500,7 @@ impl SiteAccount {
             (self.live_blocks(), self.live_bytes())
         };
         let stack = self.stack.as_deref();
-        SiteReport {
+        let mut report = SiteReport {
             id: id.to_string(),
             family,
             allocs: self.allocs,
@@ -457,6 +519,9 @@ impl SiteAccount {
             stack_cut: stack.and_then(Stack::cut),
             stack_sampled: stack.is_some_and(Stack::is_sampled),
             stack: names.stack(stack.map_or(&[][..], Stack::frames), program),
-        }
+            ..SiteReport::default()
+        };
+        report.set_judgement(&self.judgement);
+        report
     }
 }

@@ -192,6 +192,10 @@ pub struct ReportOptions {
     /// for any text (may be repeated)
     #[arg(long, value_name = "GLOB")]
     pub wrapper: Vec<String>,
+    /// Seconds for which processes warm up: only what grows after that is a leak [default: found by the
+    /// course of each site]
+    #[arg(long, value_name = "S", value_parser = seconds)]
+    pub warmup: Option<Duration>,
 }
 
 /// What is traced and recorded.

@@ -15,7 +15,7 @@ const LEAST_KEPT: usize = 16;
 const MIN_SAMPLES: usize = 9;
 /// One figure in 2,000 that does not grow is taken for growing: among a hundred that are looked at,
 /// five in a hundred times.
-const Z: f64 = 3.29;
+pub(crate) const Z: f64 = 3.29;
 /// What was once found to grow among many is one figure from then on: one in 200 will do, so that it is
 /// not found and lost again from sample to sample.
 const Z_FOUND: f64 = 2.58;

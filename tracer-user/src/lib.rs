@@ -3,8 +3,8 @@
 //!
 //! The way of a session: [`definitions`] are what the user asks for, [`discover`] finds processes, their files and the allocators in them,
 //! [`probe_point`] decides where probes stand, [`target`] attaches them through [`bpf`],
-//! [`session`] drains what the kernel side says, [`symbolize`] gives names to it, and [`report`]
-//! writes it down. [`commands`] are the verbs, [`args`] their command line.
+//! [`session`] drains what the kernel side says, [`history`] keeps it, [`verdict`] judges it, [`symbolize`] gives names
+//! to it, and [`report`] writes it down. [`commands`] are the verbs, [`args`] their command line.
 
 pub mod account;
 pub mod args;
@@ -21,7 +21,9 @@ pub mod forecast;
 pub mod glob;
 pub mod governor;
 pub mod growth;
+pub mod history;
 pub mod host;
+mod limits;
 pub mod own_use;
 pub mod page_faults;
 pub mod past;
@@ -39,4 +41,5 @@ pub mod target;
 pub mod terminal;
 pub mod top;
 pub mod unwind;
+pub mod verdict;
 pub mod windows;

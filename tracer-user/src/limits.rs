@@ -1,11 +1,16 @@
 //! Limits of what was counted.
 
 /// Standard deviations of a two-sided 95 % interval.
-pub(super) const Z: f64 = 1.96;
+pub(crate) const Z: f64 = 1.96;
+
+/// How likely a normally distributed figure is to be more than so many standard deviations above its mean.
+pub(crate) fn beyond(deviations: f64) -> f64 {
+    libm::erfc(deviations / std::f64::consts::SQRT_2) / 2.0
+}
 
 /// Student's quantile in place of [`Z`] where a variance is estimated from `units` figures (Hill's
 /// expansion, to the second order).
-pub(super) fn student(units: f64) -> f64 {
+pub(crate) fn student(units: f64) -> f64 {
     let freedom = (units - 1.0).max(1.0);
     let first = (Z.powi(3) + Z) / 4.0;
     let second = (5.0 * Z.powi(5) + 16.0 * Z.powi(3) + 3.0 * Z) / 96.0;
@@ -14,7 +19,7 @@ pub(super) fn student(units: f64) -> f64 {
 
 /// Least expectation that goes together with this count (Byar's approximation of the exact Poisson
 /// limit), where things come in lumps of `lump` on average, and `z` deviations are allowed for.
-pub(super) fn least(count: f64, lump: f64, z: f64) -> f64 {
+pub(crate) fn least(count: f64, lump: f64, z: f64) -> f64 {
     let lumps = count / lump;
     if lumps <= 0.0 {
         return 0.0;
@@ -24,14 +29,14 @@ pub(super) fn least(count: f64, lump: f64, z: f64) -> f64 {
 }
 
 /// Highest expectation that goes together with this count, see [`least`].
-pub(super) fn most(count: f64, lump: f64, z: f64) -> f64 {
+pub(crate) fn most(count: f64, lump: f64, z: f64) -> f64 {
     let lumps = count / lump + 1.0;
     lump * lumps * (1.0 - 1.0 / (9.0 * lumps) + z / (3.0 * lumps.sqrt())).powi(3)
 }
 
 /// Sums of a figure over windows, for its variance between them.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Spread {
+pub(crate) struct Spread {
     windows: f64,
     sum: f64,
     squares: f64,
@@ -43,7 +48,7 @@ pub(super) struct Spread {
 
 impl Spread {
     /// Adds a window's figure and what it should be in proportion to.
-    pub(super) fn add(&mut self, figure: f64, extent: f64) {
+    pub(crate) fn add(&mut self, figure: f64, extent: f64) {
         self.windows += 1.0;
         self.sum += figure;
         self.squares += figure * figure;
@@ -52,18 +57,18 @@ impl Spread {
         self.products += figure * extent;
     }
 
-    pub(super) const fn sum(&self) -> f64 {
+    pub(crate) const fn sum(&self) -> f64 {
         self.sum
     }
 
     /// Figure per extent.
-    pub(super) fn ratio(&self) -> f64 {
+    pub(crate) fn ratio(&self) -> f64 {
         self.sum / self.extent
     }
 
     /// Variance of the sum: the residuals of a ratio estimator, squared (Cochran, "Sampling
     /// techniques", 1977, 6.4).
-    pub(super) fn variance(&self) -> f64 {
+    pub(crate) fn variance(&self) -> f64 {
         if self.windows < 2.0 || self.extent <= 0.0 {
             return self.squares;
         }
@@ -74,7 +79,7 @@ impl Spread {
     }
 
     /// How many come at a time: the variance over what it is where each comes alone.
-    pub(super) fn lump(&self) -> f64 {
+    pub(crate) fn lump(&self) -> f64 {
         if self.sum > 0.0 {
             (self.variance() / self.sum).max(1.0)
         } else {

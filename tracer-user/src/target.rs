@@ -25,6 +25,7 @@ use crate::{
         process::Process,
     },
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
+    history::History,
     preflight::no_allocator,
     probe_set::ProbeSet,
     ranges::Ranges,
@@ -71,8 +72,12 @@ pub struct Target {
     pub peak_live_bytes: u64,
     /// Whether it is recorded from its first instruction on, by all probes that it hits.
     pub from_start: bool,
+    /// How long it had run when it was found.
+    pub ran_before: Duration,
     /// What it has mapped itself, if that is counted.
     pub ranges: Ranges,
+    /// Its sites over time.
+    pub history: History,
     /// Children forked that are not meant, beside those that the kernel side counts.
     pub untraced_children: u32,
     /// Whether its end was told.
@@ -164,6 +169,7 @@ impl Target {
     #[must_use]
     pub fn of_instance(process: Process, instance: u32) -> Self {
         Self {
+            ran_before: process.ran_for(),
             process,
             instance,
             space: AddressSpace::default(),
@@ -173,6 +179,7 @@ impl Target {
             peak_live_bytes: 0,
             from_start: false,
             ranges: Ranges::default(),
+            history: History::default(),
             untraced_children: 0,
             is_told: false,
             is_held: false,

@@ -5,6 +5,7 @@
     reason = "a task tells its progress to whoever runs it"
 )]
 
+mod accuracy;
 mod apt;
 mod bench;
 mod bpf_toolchain;
@@ -31,6 +32,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Judge the labelled programs, and print how often the verdict is right (as root)
+    Accuracy(accuracy::Args),
     /// Compare the cost of tracing with other tools', in one interleaved run (as root)
     Bench(bench::Args),
     /// Fuzz the readers of files that other people make
@@ -49,6 +52,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
+        Task::Accuracy(args) => accuracy::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Setup(args) => setup::run(&args),

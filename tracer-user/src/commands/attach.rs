@@ -411,8 +411,8 @@ async fn watch(
                 event?;
                 session.drain();
             }
-            () = sleep_until(session.next_step().map_or(far, Instant::from_std)) => {
-                session.keep_pace()?;
+            () = sleep_until(Instant::from_std(session.next_step())) => {
+                session.step()?;
                 tell_changes(session);
             }
         }

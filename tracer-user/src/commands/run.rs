@@ -246,15 +246,13 @@ impl Held<'_> {
 
     async fn follow_to_end(&mut self, signals: &Signals) -> anyhow::Result<()> {
         let mut ticks = tokio::time::interval(INTERVAL);
-        // Far enough to never come.
-        let far = Instant::now() + Duration::from_secs(u64::from(u32::MAX));
         loop {
             self.notice()?;
             self.session.detach_ended();
             if self.ended.is_some() {
                 return Ok(());
             }
-            let step = self.session.next_step().map_or(far, Instant::from_std);
+            let step = Instant::from_std(self.session.next_step());
             tokio::select! {
                 received = signals.next() => self.forward(received?),
                 event = self.session.event() => {
@@ -263,7 +261,7 @@ impl Held<'_> {
                 }
                 _ = ticks.tick() => self.session.tick()?,
                 () = sleep_until(step) => {
-                    self.session.keep_pace()?;
+                    self.session.step()?;
                     tell_changes(self.session);
                 }
             }

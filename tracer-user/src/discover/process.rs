@@ -1,9 +1,12 @@
 //! A process as the user names it, and whether it can be traced at all.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
-use nix::unistd::geteuid;
+use nix::{
+    time::{ClockId, clock_gettime},
+    unistd::geteuid,
+};
 use procfs::process::{Process as ProcProcess, Stat};
 
 use super::{
@@ -81,6 +84,18 @@ impl Process {
             labels: Labels::default(),
             start_ticks: stat.starttime,
         })
+    }
+
+    /// How long it has run by now; nothing if nobody looked when it began.
+    #[must_use]
+    pub fn ran_for(&self) -> Duration {
+        let began_s = self.start_ticks as f64 / procfs::ticks_per_second() as f64;
+        match clock_gettime(ClockId::CLOCK_BOOTTIME) {
+            Ok(now) if self.start_ticks > 0 => {
+                Duration::from(now).saturating_sub(Duration::from_secs_f64(began_s))
+            }
+            _ => Duration::ZERO,
+        }
     }
 
     /// Whether the PID still is the same process, running the same program.

@@ -2,7 +2,14 @@
 
 use serde::Serialize;
 
-use crate::windows::{Doubt, Estimate, Interval, Rank};
+use super::units::{bytes, count, counted, duration};
+use crate::{
+    verdict::{Growth, Judgement, Verdict},
+    windows::{Doubt, Estimate, Interval, Rank},
+};
+
+/// Of what leaks for certain: its interval has this probability at least.
+const CONFIDENCE: f64 = 0.95;
 
 /// What a site leaks a second.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -49,6 +56,37 @@ impl LeakRate {
     #[must_use]
     pub fn is_certain(&self) -> bool {
         self.blocks_per_s.low > 0.0
+    }
+
+    /// As a verdict: of what does not leak for certain, windows tell nothing.
+    #[must_use]
+    pub fn judgement(&self) -> Judgement {
+        let [low, estimate, high] = [
+            self.bytes_per_s.low,
+            self.bytes_per_s.estimate,
+            self.bytes_per_s.high,
+        ];
+        let verdict = match self.is_certain() {
+            true => Verdict::Growing,
+            false => Verdict::InsufficientData,
+        };
+        Judgement {
+            verdict,
+            confidence: if verdict.is_leak() { CONFIDENCE } else { 0.0 },
+            why: format!(
+                "of {} that outlived their window, {} were not seen to be freed in {}; {} to {}/s",
+                counted(self.outlived, "block"),
+                count(self.unresolved),
+                duration(self.watched_s),
+                bytes(low.round() as u64),
+                bytes(high.round() as u64),
+            ),
+            growth: Some(Growth {
+                bytes_per_s: estimate,
+                low,
+                high,
+            }),
+        }
     }
 
     /// Its place among others.

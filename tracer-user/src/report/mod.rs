@@ -31,6 +31,7 @@ use crate::{
     session::{BudgetReport, WindowsReport},
     stacks::{StackCheck, StackQuality},
     terminal::Harmless,
+    verdict::{Growth, Judgement, Verdict},
 };
 
 /// Version of the JSON form.
@@ -301,6 +302,17 @@ pub struct SiteReport {
     pub live_blocks: u64,
     /// Bytes not freed.
     pub live_bytes: u64,
+    /// What becomes of its blocks.
+    pub verdict: Verdict,
+    /// How sure that is, from 0 to 1.
+    pub confidence: f64,
+    /// One sentence, of numbers that were counted.
+    pub why: String,
+    /// By how much the bytes not freed grow a second; null where that is not known.
+    pub growth_bytes_per_s: Option<f64>,
+    /// Its 95 % interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth_interval_bytes_per_s: Option<[f64; 2]>,
     /// How far these figures may be off, where blocks stand for others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub margins: Option<Margins>,
@@ -351,7 +363,9 @@ impl SiteReport {
     pub fn sort(sites: &mut [Self]) {
         sites.sort_by(|a, b| {
             let rank = |site: &Self| site.leak_rate.as_ref().map(LeakRate::rank);
-            let by_rate = rank(b).cmp(&rank(a));
+            let by_rate = rank(b)
+                .cmp(&rank(a))
+                .then_with(|| b.grows().total_cmp(&a.grows()));
             if by_rate != Ordering::Equal {
                 return by_rate;
             }
@@ -362,6 +376,43 @@ impl SiteReport {
                 &b.id,
             ))
         });
+    }
+
+    /// What was judged of it.
+    #[must_use]
+    pub fn judgement(&self) -> Judgement {
+        let growth = self
+            .growth_bytes_per_s
+            .zip(self.growth_interval_bytes_per_s);
+        Judgement {
+            verdict: self.verdict,
+            confidence: self.confidence,
+            why: self.why.clone(),
+            growth: growth.map(|(bytes_per_s, [low, high])| Growth {
+                bytes_per_s,
+                low,
+                high,
+            }),
+        }
+    }
+
+    /// Notes what was judged of it.
+    pub fn set_judgement(&mut self, judgement: &Judgement) {
+        self.verdict = judgement.verdict;
+        self.confidence = judgement.confidence;
+        self.why.clone_from(&judgement.why);
+        self.growth_bytes_per_s = judgement.growth.map(|growth| growth.bytes_per_s);
+        self.growth_interval_bytes_per_s = judgement.growth.map(|growth| [growth.low, growth.high]);
+    }
+
+    /// By how many bytes a second it leaks at least; none for what is no leak.
+    fn grows(&self) -> f64 {
+        let low = self.growth_interval_bytes_per_s.map_or(0.0, |[low, _]| low);
+        if self.verdict.is_leak() {
+            low.max(0.0)
+        } else {
+            -1.0
+        }
     }
 
     /// Adds the figures of a site with the same stack.
@@ -378,6 +429,9 @@ impl SiteReport {
             (ours, Some(theirs)) => *ours = Some(theirs.clone()),
             (_, None) => {}
         }
+        let mut judgement = self.judgement();
+        judgement.join(&other.judgement());
+        self.set_judgement(&judgement);
         self.oldest_s = match (self.oldest_s, other.oldest_s) {
             (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
             (ours, theirs) => ours.or(theirs),

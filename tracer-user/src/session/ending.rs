@@ -88,6 +88,7 @@ impl Session {
             return Ok(());
         }
         self.settle_pace();
+        self.look_at(|instance| instances.contains(&instance));
         let sites = self.sites(|instance| instances.contains(&instance));
         let with_blocks: HashSet<u32> = sites
             .iter()

@@ -12,6 +12,7 @@ use super::{BudgetReport, Session};
 use crate::{
     account::{Account, Ages, Figures},
     bpf::tracer::monotonic_ns,
+    history::Work,
     past::Past,
     report::{Filters, HostFacts, ProcessReport, Report, SCHEMA, programs},
     target::Target,
@@ -100,8 +101,57 @@ impl Session {
             now_ns: target.end_ns.unwrap_or(now_ns),
             sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
             definitions: &self.definitions,
+            judging: &self.judging,
         };
         Account::of(target, &figures)
+    }
+
+    /// Looks at the sites of these instances, for what they count over time.
+    pub(super) fn look_at(&mut self, of: impl Fn(u32) -> bool) {
+        // What is freed in between is not seen.
+        if !self.traces_all_the_time() {
+            return;
+        }
+        let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
+        let since_ns = self.tracer.recording().since_ns;
+        let was_windowed = self.windows_report().is_some();
+        let (ages, leaks) = (HashMap::new(), HashMap::new());
+        for (instance, sites) in self.sites(&of) {
+            let Some(target) = self.targets.get_mut(&instance) else {
+                continue;
+            };
+            let state = self.tracer.instance(instance);
+            if state.armed_at_ns == 0 {
+                continue;
+            }
+            let figures = Figures {
+                state: &state,
+                sites: &sites,
+                leaks: &leaks,
+                was_windowed,
+                stacks: &self.stacks,
+                ages: &ages,
+                now_ns,
+                sees_vfork: false,
+                definitions: &self.definitions,
+                judging: &self.judging,
+            };
+            let tallies = figures.tallies();
+            let work = Work {
+                allocs: tallies.values().map(|tally| tally.allocs).sum(),
+                untracked_frees: state.untracked_frees,
+            };
+            let since_ns = since_ns.saturating_sub(state.armed_at_ns);
+            if target.history.since_ns() != since_ns {
+                target.history.restart(since_ns, tallies);
+                continue;
+            }
+            let at_ns = target
+                .end_ns
+                .unwrap_or(now_ns)
+                .saturating_sub(state.armed_at_ns);
+            target.history.look(at_ns, work, &tallies);
+        }
     }
 
     /// What was found. One of several is of what runs now, and has the ages of blocks only if a filter asks
@@ -109,6 +159,7 @@ impl Session {
     pub fn report(&mut self, depth: Depth) -> anyhow::Result<Report> {
         self.own_use.look();
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
+        self.look_at(|_| true);
         let older = self.filters.older_ms.is_some();
         let is_final = depth == Depth::Final;
         let ages = if is_final || older {

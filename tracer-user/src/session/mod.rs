@@ -6,6 +6,7 @@
 mod ending;
 mod events;
 mod figures;
+mod looks;
 mod meters;
 mod missing;
 mod pace;
@@ -27,6 +28,7 @@ use tracer_common::{
 };
 
 pub use figures::Depth;
+use looks::Looks;
 use pace::Pace;
 pub use pace::{BudgetReport, GearChange};
 pub use regime::WindowsReport;
@@ -47,6 +49,7 @@ use crate::{
         selection::Selection,
     },
     files::Files,
+    history::Judging,
     host::Host,
     own_use::OwnUse,
     past::Past,
@@ -113,6 +116,8 @@ pub struct Session {
     /// The largest interval of sampling that was used, in bytes.
     sampled_bytes: Option<u64>,
     own_use: OwnUse,
+    looks: Looks,
+    judging: Judging,
 }
 
 impl Session {
@@ -219,6 +224,10 @@ impl Session {
             stopped_ns: None,
             pace: None,
             own_use: OwnUse::default(),
+            looks: Looks::begin(),
+            judging: Judging {
+                warmup_ns: report.warmup.map(|warmup| warmup.as_nanos() as u64),
+            },
             sampled_bytes: trace.sample_bytes,
         })
     }
@@ -262,6 +271,7 @@ impl Session {
     pub fn restart_clock(&mut self) {
         self.started = SystemTime::now();
         self.started_ns = monotonic_ns();
+        self.looks = Looks::begin();
     }
 
     /// Opens an instance for a process, unprobed. Gives its number. Of processes that are held there is

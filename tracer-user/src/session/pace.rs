@@ -176,13 +176,12 @@ impl Session {
     }
 
     /// When [`Session::keep_pace`] is to be called next, if ever.
-    #[must_use]
-    pub fn next_step(&self) -> Option<Instant> {
+    pub(super) fn pace_due(&self) -> Option<Instant> {
         self.pace.as_ref().map(|pace| pace.due)
     }
 
     /// Does what is due to keep the budget.
-    pub fn keep_pace(&mut self) -> anyhow::Result<()> {
+    pub(super) fn keep_pace(&mut self) -> anyhow::Result<()> {
         let Some(mut pace) = self.pace.take() else {
             return Ok(());
         };

@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use super::{
     cohorts::Members,
-    limits::{Spread, Z, least, most, student},
     model::{AgeBin, Model, OLD_S, SiteWindows, Speed},
 };
+use crate::limits::{Spread, Z, least, most, student};
 
 /// Windows and age of the oldest blocks, in seconds, before anything is certain.
 const MIN_WINDOWS: u32 = 8;

@@ -7,7 +7,6 @@
 
 mod cohorts;
 mod estimate;
-mod limits;
 mod model;
 mod replay;
 mod schedule;

@@ -10,8 +10,8 @@ use tracer_common::{
 use super::{
     cohorts::{Change, Cohorts, Members, Survival, seconds},
     estimate::{Calibration, Estimate, Rank},
-    limits::Spread,
 };
+use crate::limits::Spread;
 
 /// Youngest age that the life table tells apart, in seconds; ages below have no part in the question
 /// whether survivors are still freed.

@@ -81,9 +81,8 @@ pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<(
     {
         writeln!(
             to,
-            "Not freed does not mean leaked: caches and data in use are not freed either. Suspect a \
-             site whose\nbytes keep growing from one report to the next, and whose oldest block is \
-             about as old as the session."
+            "Not freed does not mean leaked: what is growing is. A cache that is filled for the first time looks the same\n\
+             until it is full."
         )?;
     }
     Ok(())

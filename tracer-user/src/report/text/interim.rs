@@ -12,7 +12,7 @@ use super::{
 };
 use crate::terminal::harmless;
 
-/// What certainly leaks, as a clause.
+/// What leaks, as a clause.
 fn leak(site: &SiteReport) -> String {
     match &site.leak_rate {
         Some(rate) if rate.is_certain() => {
@@ -20,6 +20,10 @@ fn leak(site: &SiteReport) -> String {
                 .map(|rate| bytes(rate.round() as u64));
             format!(", leaks {least} to {most}/s")
         }
+        None if site.verdict.is_leak() => match site.growth_bytes_per_s {
+            Some(rate) => format!(", leaks {}/min", bytes((rate * 60.0).round() as u64)),
+            None => ", leaks".to_owned(),
+        },
         _ => String::new(),
     }
 }

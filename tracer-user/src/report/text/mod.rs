@@ -2,12 +2,16 @@
 
 mod honesty;
 mod interim;
+mod verdict;
 
 use std::io::{self, Write};
 
 pub(super) use interim::write_interim;
 
-use self::honesty::write_honesty;
+use self::{
+    honesty::write_honesty,
+    verdict::{write_leaks, write_verdict},
+};
 use super::{
     Exit, FamilyReport, LeakRate, ProcessReport, ProgramReport, Report, SiteReport, Totals,
     stack::{OWN, write_frames},
@@ -537,7 +541,7 @@ fn write_sites(
         )?,
         None => writeln!(
             to,
-            "Where the blocks were allocated that were not freed, most bytes first:"
+            "Where the blocks were allocated that were not freed; leaks first, then most bytes:"
         )?,
     }
     let shown = || holding.iter().take(limit);
@@ -548,6 +552,7 @@ fn write_sites(
         )?;
     }
     writeln!(to)?;
+    write_leaks(&holding, to)?;
     let digits = holding.len().min(limit).to_string().len();
     for (rank, site) in shown().enumerate() {
         write_site(report, (rank + 1, digits), site, true, to)?;
@@ -711,8 +716,9 @@ fn write_site(
             count(site.frees),
         )?;
     }
-    if let Some(rate) = &site.leak_rate {
-        write_leak(rate, to)?;
+    match &site.leak_rate {
+        Some(rate) => write_leak(rate, to)?,
+        None => write_verdict(site, to)?,
     }
     write_frames(&site.stack, to)?;
     if site.stack.is_empty() {

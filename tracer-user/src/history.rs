@@ -1,0 +1,472 @@
+//! What sites have counted over time, at bounded memory however long a session is: the last minute by looks, and
+//! yesterday by hours. Pure: no kernel, no clock.
+//!
+//! Of looks in the past as many go as leave gaps of a sixth of their age, or more where there are so many sites
+//! that they would take too much memory.
+
+use std::{collections::HashMap, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use tracer_common::{
+    histogram::{birth_slice, birth_slice_start_ns},
+    site::{Site, VARIANCE_BYTES},
+};
+
+use crate::{
+    account::SiteId,
+    verdict::{self, Case, Judgement},
+};
+
+/// A gap between looks is at most this part of their age, where looks are more frequent.
+const FINENESS: u64 = 6;
+/// What the looks of a process may take, in bytes: they are kept less finely then.
+const MOST_BYTES: usize = 48 << 20;
+
+/// What a site has counted by a moment. All but what is live only grows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Blocks allocated.
+    pub allocs: u64,
+    /// Of these, freed.
+    pub frees: u64,
+    /// Bytes allocated.
+    pub alloc_bytes: u64,
+    /// Of these, freed.
+    pub freed_bytes: u64,
+    /// Frees that were not seen.
+    pub missed_frees: u64,
+    /// Of `frees`, and of `freed_bytes`, what was allocated before the calls were recorded without a gap. They have no
+    /// lifetime.
+    pub former_frees: u64,
+    /// See there.
+    pub former_freed_bytes: u64,
+    /// Variance of the live blocks, where blocks stand for others.
+    pub live_variance: u64,
+    /// Of the live bytes, in [`VARIANCE_BYTES`] squared.
+    pub live_bytes_variance: u64,
+    /// Freed blocks by lifetime, see [`tracer_common::histogram::lifetime_slot`]; without the zeros at the end.
+    pub lifetimes: Vec<u64>,
+    /// Live blocks by birth since the instance was armed, see [`tracer_common::histogram::birth_slice`]; without the
+    /// zeros at the end.
+    pub births: Vec<u32>,
+}
+
+impl Tally {
+    /// Of a site on the kernel side.
+    #[must_use]
+    pub fn of(site: &Site) -> Self {
+        Self {
+            allocs: site.allocs,
+            frees: site.frees,
+            alloc_bytes: site.alloc_bytes,
+            freed_bytes: site.freed_bytes,
+            missed_frees: site.missed_frees,
+            former_frees: site.former_frees,
+            former_freed_bytes: site.former_freed_bytes,
+            // A free may have been counted whose allocation was not yet when this was read.
+            live_variance: site.live_variance.cast_signed().max(0).cast_unsigned(),
+            live_bytes_variance: site
+                .live_bytes_variance
+                .cast_signed()
+                .max(0)
+                .cast_unsigned(),
+            lifetimes: without_zeros(&site.lifetimes),
+            births: without_zeros(
+                &site
+                    .births
+                    .map(|live| live.cast_signed().max(0).cast_unsigned()),
+            ),
+        }
+    }
+
+    /// Adds what another site has counted.
+    pub fn add(&mut self, other: &Self) {
+        self.allocs += other.allocs;
+        self.frees += other.frees;
+        self.alloc_bytes += other.alloc_bytes;
+        self.freed_bytes += other.freed_bytes;
+        self.missed_frees += other.missed_frees;
+        self.former_frees += other.former_frees;
+        self.former_freed_bytes += other.former_freed_bytes;
+        self.live_variance += other.live_variance;
+        self.live_bytes_variance += other.live_bytes_variance;
+        add_each(&mut self.lifetimes, &other.lifetimes);
+        add_each(&mut self.births, &other.births);
+    }
+
+    /// What was counted of blocks born since a time, at which this was counted by then.
+    fn since(&self, then: &Self, since_ns: u64) -> Self {
+        let former_frees = self.former_frees - then.former_frees;
+        let former_freed_bytes = self.former_freed_bytes - then.former_freed_bytes;
+        let mut births = self.births.clone();
+        // In the slice of that time there are blocks of before.
+        births
+            .iter_mut()
+            .take(birth_slice(since_ns) + 1)
+            .for_each(|live| *live = 0);
+        let mut lifetimes = self.lifetimes.clone();
+        for (ours, theirs) in lifetimes.iter_mut().zip(&then.lifetimes) {
+            *ours = ours.saturating_sub(*theirs);
+        }
+        Self {
+            allocs: self.allocs.saturating_sub(then.allocs),
+            frees: self.frees.saturating_sub(then.frees + former_frees),
+            alloc_bytes: self.alloc_bytes.saturating_sub(then.alloc_bytes),
+            freed_bytes: self
+                .freed_bytes
+                .saturating_sub(then.freed_bytes + former_freed_bytes),
+            missed_frees: self.missed_frees.saturating_sub(then.missed_frees),
+            former_frees: 0,
+            former_freed_bytes: 0,
+            births,
+            lifetimes,
+            ..*self
+        }
+    }
+
+    /// Blocks not freed.
+    #[must_use]
+    pub const fn live_blocks(&self) -> u64 {
+        self.allocs.saturating_sub(self.frees)
+    }
+
+    /// Bytes not freed.
+    #[must_use]
+    pub const fn live_bytes(&self) -> u64 {
+        self.alloc_bytes.saturating_sub(self.freed_bytes)
+    }
+
+    /// Standard deviation of [`Tally::live_blocks`] by sampling.
+    #[must_use]
+    pub fn live_blocks_deviation(&self) -> f64 {
+        (self.live_variance as f64).sqrt()
+    }
+
+    /// Standard deviation of [`Tally::live_bytes`] by sampling.
+    #[must_use]
+    pub fn live_bytes_deviation(&self) -> f64 {
+        (self.live_bytes_variance as f64).sqrt() * VARIANCE_BYTES as f64
+    }
+
+    /// Live blocks by birth.
+    pub fn cohorts(&self) -> impl Iterator<Item = Cohort> {
+        let births = self.births.iter().enumerate();
+        births
+            .filter(|(_, live)| **live > 0)
+            .map(|(slice, live)| Cohort {
+                slice,
+                begin_ns: birth_slice_start_ns(slice),
+                end_ns: birth_slice_start_ns(slice + 1),
+                live: *live,
+            })
+    }
+}
+
+/// Live blocks that were born in the same birth slice, see [`tracer_common::histogram::birth_slice`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cohort {
+    /// The slice.
+    pub slice: usize,
+    /// When it began, in nanoseconds since the instance was armed.
+    pub begin_ns: u64,
+    /// When it ended.
+    pub end_ns: u64,
+    /// How many.
+    pub live: u32,
+}
+
+impl Cohort {
+    /// When they were born, on average, in seconds since the instance was armed.
+    #[must_use]
+    pub const fn middle_s(&self) -> f64 {
+        (self.begin_ns + self.end_ns) as f64 / 2e9
+    }
+}
+
+/// What a process has done by a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Work {
+    /// Blocks that all sites together have allocated: a clock that runs as fast as the process works.
+    pub allocs: u64,
+    /// Frees of blocks that the ledger never had.
+    pub untracked_frees: u64,
+}
+
+fn without_zeros<T: Copy + Default + PartialEq>(figures: &[T]) -> Vec<T> {
+    let last = figures.iter().rposition(|figure| *figure != T::default());
+    figures[..last.map_or(0, |last| last + 1)].to_vec()
+}
+
+fn add_each<T: Copy + Default + std::ops::AddAssign>(ours: &mut Vec<T>, theirs: &[T]) {
+    ours.resize(ours.len().max(theirs.len()), T::default());
+    ours.iter_mut()
+        .zip(theirs)
+        .for_each(|(ours, theirs)| *ours += *theirs);
+}
+
+/// Something seen at a time, in nanoseconds since the instance was armed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Look<T> {
+    /// When.
+    pub at_ns: u64,
+    /// Until when nothing else was seen.
+    pub until_ns: u64,
+    /// What.
+    pub seen: T,
+}
+
+/// Looks, the more recent the denser.
+#[derive(Clone, Debug)]
+pub struct Looks<T>(Vec<Look<T>>);
+
+impl<T> Default for Looks<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: PartialEq> Looks<T> {
+    /// Adds one, unless it saw what the last did. Gaps that those leave which go for it are at most this part of their
+    /// age.
+    pub fn push(&mut self, at_ns: u64, seen: T, fineness: u64) {
+        if let Some(last) = self.0.last_mut().filter(|last| last.seen == seen) {
+            last.until_ns = at_ns;
+            return;
+        }
+        self.0.push(Look {
+            at_ns,
+            until_ns: at_ns,
+            seen,
+        });
+        self.thin(at_ns, fineness);
+    }
+
+    fn thin(&mut self, now_ns: u64, fineness: u64) {
+        let mut index = 1;
+        while index + 1 < self.0.len() {
+            let gap_ns = self.0[index + 1].at_ns - self.0[index - 1].at_ns;
+            let age_ns = now_ns - self.0[index + 1].at_ns;
+            if gap_ns <= age_ns / fineness {
+                self.0.remove(index);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    /// All that are kept, the oldest first.
+    #[must_use]
+    pub fn all(&self) -> &[Look<T>] {
+        &self.0
+    }
+}
+
+/// A process instance over time.
+#[derive(Clone, Debug)]
+pub struct History {
+    work: Looks<Work>,
+    sites: HashMap<SiteId, Looks<Packed>>,
+    last_ns: u64,
+    fineness: u64,
+    /// Since when calls are recorded without a gap, in nanoseconds since the instance was armed.
+    since_ns: u64,
+    /// What sites had counted by then.
+    before: HashMap<SiteId, Tally>,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self {
+            work: Looks::default(),
+            sites: HashMap::new(),
+            last_ns: 0,
+            fineness: FINENESS,
+            since_ns: 0,
+            before: HashMap::new(),
+        }
+    }
+}
+
+/// What the user said about how sites are judged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Judging {
+    /// How long processes warm up; found, if it is not said.
+    pub warmup_ns: Option<u64>,
+}
+
+/// A [`Tally`], packed: it is kept many times.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed(Box<[u8]>);
+
+impl Packed {
+    /// Of a tally.
+    #[must_use]
+    pub fn new(tally: &Tally) -> Self {
+        // Neither a vector nor an integer can fail to be written.
+        Self(postcard::to_allocvec(tally).unwrap_or_default().into())
+    }
+
+    /// What was packed; nothing if it is damaged.
+    #[must_use]
+    pub fn tally(&self) -> Tally {
+        postcard::from_bytes(&self.0).unwrap_or_default()
+    }
+}
+
+impl History {
+    /// Forgets everything: calls are recorded without a gap only since then. What sites had counted by then is of blocks
+    /// that may have been freed meanwhile.
+    pub fn restart(&mut self, since_ns: u64, sites: HashMap<SiteId, Tally>) {
+        *self = Self {
+            since_ns,
+            last_ns: since_ns,
+            before: sites,
+            ..Self::default()
+        };
+    }
+
+    /// Since when calls are recorded without a gap, in nanoseconds since the instance was armed.
+    #[must_use]
+    pub const fn since_ns(&self) -> u64 {
+        self.since_ns
+    }
+
+    /// Takes in a look at all sites that have allocated something.
+    pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) {
+        self.last_ns = at_ns;
+        self.work.push(at_ns, work, self.fineness);
+        for (id, tally) in sites {
+            let looks = self.sites.entry(*id).or_default();
+            let packed = match self.before.get(id) {
+                Some(before) => Packed::new(&tally.since(before, self.since_ns)),
+                None => Packed::new(tally),
+            };
+            looks.push(at_ns, packed, self.fineness);
+        }
+        while self.bytes() > MOST_BYTES && self.fineness > 1 {
+            self.fineness /= 2;
+            for looks in self.sites.values_mut() {
+                looks.thin(at_ns, self.fineness);
+            }
+        }
+    }
+
+    /// Memory that the looks take.
+    fn bytes(&self) -> usize {
+        let looks = self.sites.values().flat_map(Looks::all);
+        looks
+            .map(|look| size_of_val(look) + look.seen.0.len())
+            .sum()
+    }
+
+    /// Judges a site by what it has counted so far. The process had run for so long before it was armed.
+    #[must_use]
+    pub fn judge(&self, id: SiteId, judging: &Judging, ran_before: Duration) -> Judgement {
+        verdict::judge(&Case {
+            site: &self.site(id),
+            work: self.work.all(),
+            now_ns: self.last_ns,
+            warmup_ns: judging.warmup_ns,
+            begin_ns: self.since_ns,
+            ran_before_ns: ran_before.as_nanos() as u64,
+        })
+    }
+
+    /// What is known of a site.
+    fn site(&self, id: SiteId) -> Vec<Look<Tally>> {
+        let looks = self.sites.get(&id).map_or(&[][..], |looks| looks.all());
+        let unpacked = looks.iter().map(|look| Look {
+            at_ns: look.at_ns,
+            until_ns: look.until_ns,
+            seen: look.seen.tally(),
+        });
+        unpacked.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    #[test]
+    fn a_day_is_kept_in_few_looks_the_last_ones_all() {
+        let mut looks = Looks::default();
+        for look in 0..17_280 {
+            looks.push(look * 5 * SECOND, look, FINENESS);
+        }
+        let all = looks.all();
+        assert!((40..100).contains(&all.len()), "{}", all.len());
+        assert_eq!((all[0].seen, all[all.len() - 1].seen), (0, 17_279));
+        for pair in all.windows(2) {
+            let gap_ns = pair[1].at_ns - pair[0].at_ns;
+            let age_ns = 17_279 * 5 * SECOND - pair[1].at_ns;
+            assert!(
+                gap_ns <= (age_ns / FINENESS).max(5 * SECOND),
+                "{gap_ns} at {age_ns}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_does_not_change_is_kept_once() {
+        let mut looks = Looks::default();
+        for second in 0..100 {
+            looks.push(second * SECOND, second / 50, FINENESS);
+        }
+        let times: Vec<u64> = looks.all().iter().map(|look| look.at_ns / SECOND).collect();
+        assert_eq!(times, [0, 50]);
+    }
+
+    #[test]
+    fn many_sites_are_kept_less_finely() {
+        let mut history = History::default();
+        let site = |number: u64| SiteId::new(&[], Some(&number.to_string()));
+        let ids: Vec<SiteId> = (0..20_000).map(site).collect();
+        for look in 1..=60 {
+            let tally = |_: &SiteId| Tally {
+                allocs: look,
+                births: vec![1; 100],
+                ..Tally::default()
+            };
+            let tallies = ids.iter().map(|id| (*id, tally(id))).collect();
+            history.look(look * SECOND, Work::default(), &tallies);
+            assert!(history.bytes() <= MOST_BYTES);
+        }
+        let kept = history.site(ids[0]);
+        assert!(kept.len() < 25 && kept.len() > 3, "{}", kept.len());
+        assert_eq!(kept.last().map(|look| look.seen.allocs), Some(60));
+    }
+
+    #[test]
+    fn a_tally_is_packed_and_unpacked() {
+        let mut site = Site {
+            allocs: 300,
+            frees: 100,
+            alloc_bytes: 1 << 40,
+            ..Site::default()
+        };
+        site.lifetimes[7] = 100;
+        site.births[3] = 200;
+        let tally = Tally::of(&site);
+        assert_eq!((tally.lifetimes.len(), tally.births.len()), (8, 4));
+        let packed = Packed::new(&tally);
+        assert_eq!(packed.tally(), tally);
+        assert!(packed.0.len() < 40, "{}", packed.0.len());
+    }
+
+    #[test]
+    fn sites_are_added_by_slots() {
+        let mut tally = Tally {
+            births: vec![1],
+            ..Tally::default()
+        };
+        tally.add(&Tally {
+            allocs: 5,
+            births: vec![2, 3],
+            ..Tally::default()
+        });
+        assert_eq!((tally.allocs, &tally.births[..]), (5, &[3, 3][..]));
+    }
+}

@@ -1,0 +1,284 @@
+//! Sites that are made up, whose fate is known.
+
+use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot};
+
+use super::*;
+use crate::history::Looks;
+
+const SECOND_NS: f64 = 1e9;
+
+/// SplitMix64 (Steele, Lea and Flood, 2014).
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ mixed >> 31
+    }
+
+    /// From 0 to 1, without 0.
+    fn fraction(&mut self) -> f64 {
+        ((self.bits() >> 11) + 1) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn exponential(&mut self, mean: f64) -> f64 {
+        -mean * self.fraction().ln()
+    }
+}
+
+/// A block, by its times in seconds and its size.
+struct Block {
+    born: f64,
+    dies: f64,
+    bytes: u64,
+}
+
+const NEVER: f64 = f64::INFINITY;
+
+/// What a session of so many seconds sees of blocks.
+fn judged(blocks: &[Block], seconds: f64) -> Judgement {
+    judged_with(blocks, seconds, None)
+}
+
+fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgement {
+    let (mut site, mut work) = (Looks::default(), Looks::default());
+    let mut at = 0.0;
+    while at < seconds {
+        at = (at + (at / 48.0).clamp(0.25, 5.0)).min(seconds);
+        let mut tally = Tally {
+            lifetimes: vec![0; LIFETIME_SLOTS],
+            births: vec![0; BIRTH_SLICES],
+            ..Tally::default()
+        };
+        for block in blocks.iter().filter(|block| block.born <= at) {
+            tally.allocs += 1;
+            tally.alloc_bytes += block.bytes;
+            if block.dies <= at {
+                tally.frees += 1;
+                tally.freed_bytes += block.bytes;
+                tally.lifetimes[lifetime_slot(((block.dies - block.born) * SECOND_NS) as u64)] += 1;
+            } else {
+                tally.births[birth_slice((block.born * SECOND_NS) as u64)] += 1;
+            }
+        }
+        let at_ns = (at * SECOND_NS) as u64;
+        if tally.allocs > 0 {
+            site.push(at_ns, tally, 6);
+        }
+        // The process works evenly, whatever the site does.
+        let done = Work {
+            allocs: (at * 1000.0) as u64,
+            untracked_frees: 0,
+        };
+        work.push(at_ns, done, 6);
+    }
+    judge(&Case {
+        site: site.all(),
+        work: work.all(),
+        now_ns: (seconds * SECOND_NS) as u64,
+        warmup_ns: warmup_s.map(|warmup| (warmup * SECOND_NS) as u64),
+        begin_ns: 0,
+        ran_before_ns: 0,
+    })
+}
+
+/// So many a second, that live as long as is said at birth.
+fn births(per_s: f64, seconds: f64, mut life: impl FnMut(f64) -> f64) -> Vec<Block> {
+    let mut blocks = Vec::new();
+    let mut born = 1.0 / per_s;
+    while born < seconds {
+        blocks.push(Block {
+            born,
+            dies: born + life(born),
+            bytes: 100,
+        });
+        born += 1.0 / per_s;
+    }
+    blocks
+}
+
+#[track_caller]
+fn expect(judgement: &Judgement, verdict: Verdict) {
+    assert_eq!(judgement.verdict, verdict, "{judgement:?}");
+}
+
+#[test]
+fn what_is_never_freed_grows() {
+    let judgement = judged(&births(2.0, 180.0, |_| NEVER), 180.0);
+    expect(&judgement, Verdict::Growing);
+    assert!(
+        judgement.confidence > 0.5 && judgement.confidence <= 0.8,
+        "{judgement:?}"
+    );
+    let growth = judgement.growth.unwrap();
+    assert!((growth.bytes_per_s - 200.0).abs() < 10.0, "{judgement:?}");
+    assert!(growth.low <= 200.0 && growth.high >= 200.0, "{judgement:?}");
+}
+
+#[test]
+fn one_in_a_hundred_that_stays_grows_and_is_surer() {
+    let mut random = Random(1);
+    let blocks = births(100.0, 180.0, |_| {
+        if random.fraction() < 0.01 {
+            NEVER
+        } else {
+            0.001
+        }
+    });
+    let judgement = judged(&blocks, 180.0);
+    expect(&judgement, Verdict::Growing);
+    assert!(judgement.confidence > 0.85, "{judgement:?}");
+}
+
+#[test]
+fn lives_of_some_seconds_are_no_leak() {
+    for seed in 0..10 {
+        let mut random = Random(seed);
+        let judgement = judged(&births(50.0, 180.0, |_| random.exponential(10.0)), 180.0);
+        assert!(!judgement.verdict.is_leak(), "{judgement:?}");
+    }
+}
+
+#[test]
+fn a_load_that_rises_is_no_leak() {
+    let mut random = Random(2);
+    let mut blocks = Vec::new();
+    for _ in 0..20_000 {
+        // Ever more a second.
+        let born = 180.0 * random.fraction().sqrt();
+        blocks.push(Block {
+            born,
+            dies: born + random.exponential(4.0),
+            bytes: 100,
+        });
+    }
+    expect(&judged(&blocks, 180.0), Verdict::Bounded);
+}
+
+#[test]
+fn what_is_built_at_the_start_is_start_up() {
+    let blocks = births(100.0, 3.0, |_| NEVER);
+    expect(&judged(&blocks, 60.0), Verdict::Startup);
+}
+
+#[test]
+fn a_cache_that_is_full_is_bounded() {
+    // Of 3,000 entries, the oldest goes first; and any.
+    expect(
+        &judged(&births(100.0, 180.0, |_| 30.0), 180.0),
+        Verdict::Bounded,
+    );
+    let mut random = Random(3);
+    let blocks = births(100.0, 180.0, |_| random.exponential(30.0));
+    assert!(!judged(&blocks, 180.0).verdict.is_leak());
+}
+
+#[test]
+fn batches_are_bounded() {
+    for period in [8.0, 20.0, 45.0] {
+        let blocks = births(20.0, 170.0, |born| period - born % period);
+        expect(&judged(&blocks, 170.0), Verdict::Bounded);
+    }
+}
+
+#[test]
+fn a_leak_in_batches_grows() {
+    let mut random = Random(4);
+    let blocks = births(20.0, 180.0, |born| {
+        if random.fraction() < 0.2 {
+            NEVER
+        } else {
+            12.0 - born % 12.0
+        }
+    });
+    expect(&judged(&blocks, 180.0), Verdict::Growing);
+}
+
+#[test]
+fn a_leak_in_bursts_grows() {
+    let mut blocks = Vec::new();
+    for burst in 1..18 {
+        for number in 0..100 {
+            blocks.push(Block {
+                born: f64::from(burst) * 10.0 + f64::from(number) * 1e-3,
+                dies: NEVER,
+                bytes: 150,
+            });
+        }
+    }
+    expect(&judged(&blocks, 180.0), Verdict::Growing);
+}
+
+#[test]
+fn a_leak_that_starts_late_grows() {
+    let blocks = births(50.0, 180.0, |born| {
+        if born > 60.0 && (born * 50.0).round() % 3.0 == 0.0 {
+            NEVER
+        } else {
+            0.002
+        }
+    });
+    expect(&judged(&blocks, 180.0), Verdict::Growing);
+}
+
+#[test]
+fn what_fills_ever_more_slowly_is_no_leak() {
+    let mut random = Random(5);
+    let mut keys = [false; 2000];
+    let blocks: Vec<Block> = births(100.0, 180.0, |_| NEVER)
+        .into_iter()
+        .filter(|_| {
+            let key = (random.bits() % 2000) as usize;
+            !std::mem::replace(&mut keys[key], true)
+        })
+        .collect();
+    for seconds in [60.0, 120.0, 180.0] {
+        let judgement = judged(&blocks, seconds);
+        assert!(!judgement.verdict.is_leak(), "{seconds} s: {judgement:?}");
+    }
+}
+
+#[test]
+fn a_block_that_is_enlarged_for_ever_grows() {
+    let mut blocks = Vec::new();
+    for number in 0..360 {
+        let born = f64::from(number) * 0.5;
+        blocks.push(Block {
+            born,
+            dies: born + 0.5,
+            bytes: 4000 * (number as u64 + 1),
+        });
+    }
+    expect(&judged(&blocks, 179.9), Verdict::Growing);
+    // And one that is enlarged to a bound does not.
+    for block in &mut blocks {
+        block.bytes = block.bytes.min(200_000);
+    }
+    assert!(!judged(&blocks, 179.9).verdict.is_leak());
+}
+
+#[test]
+fn a_warm_up_that_the_user_knows_of_is_left_out() {
+    let blocks = births(10.0, 100.0, |_| NEVER);
+    let judgement = judged_with(&blocks, 180.0, Some(100.0));
+    expect(&judgement, Verdict::Startup);
+}
+
+#[test]
+fn a_few_blocks_or_a_short_time_are_too_little() {
+    let five = births(0.03, 180.0, |_| NEVER);
+    expect(&judged(&five, 180.0), Verdict::InsufficientData);
+    let short = births(100.0, 1.0, |_| NEVER);
+    expect(&judged(&short, 1.0), Verdict::InsufficientData);
+}
+
+#[test]
+fn what_is_all_freed_is_steady() {
+    let blocks = births(100.0, 20.0, |_| 0.001);
+    let judgement = judged(&blocks, 30.0);
+    expect(&judgement, Verdict::Steady);
+    assert_eq!(judgement.confidence, 1.0);
+}
