@@ -2,6 +2,7 @@
 //! clock.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     fmt,
     path::Path,
@@ -516,7 +517,7 @@ impl SiteAccount {
                 .filter(|_| live_blocks > 0)
                 .map(|ages| ages.oldest_ns as f64 / 1e9),
             missed_frees: self.missed_frees,
-            stack_cut: stack.and_then(Stack::cut),
+            stack_cut: stack.and_then(Stack::cut).map(Cow::Borrowed),
             stack_sampled: stack.is_some_and(Stack::is_sampled),
             stack: names.stack(stack.map_or(&[][..], Stack::frames), program),
             ..SiteReport::default()

@@ -4,10 +4,10 @@ use std::{collections::HashMap, path::Path};
 
 use nix::sys::resource::{UsageWho, getrusage};
 use procfs::process::{FDTarget, Process};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a session took beside what its probes cost the targets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct OwnUse {
     /// Processor time of all threads since the process began, in seconds.
     pub cpu_s: f64,

@@ -1,7 +1,7 @@
 //! Sampling by bytes: the rates that the kernel side samples at, and what the estimates are worth. See
 //! [`tracer_common::sampling`].
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_common::{
     sampling::{INTERVAL_UNITS, Rate, SIZE_CLASSES, WEIGHT_UNITS, size_class_start},
     site::{Site, VARIANCE_BYTES},
@@ -76,7 +76,7 @@ impl Variances {
 }
 
 /// Half of the width of 95 % confidence intervals around figures.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Margins {
     /// Around the blocks allocated.
     pub allocs: u64,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_common::event::StackEnd;
 
 use crate::{
@@ -107,7 +107,7 @@ fn known(locations: &[Location]) -> &[Location] {
 }
 
 /// Why a stack ends before its thread's start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Incomplete {
     /// As many frames as are wanted were taken.
@@ -146,7 +146,7 @@ impl Incomplete {
 }
 
 /// How far up the stacks of a process's allocations go.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StackQuality {
     /// Allocations whose stack reaches the thread's start.
     pub complete: u64,
@@ -198,7 +198,7 @@ impl StackQuality {
 }
 
 /// Whether stacks that were unwound twice are the same, once in the kernel and once by framehop.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StackCheck {
     /// Frame for frame the same.
     pub same: u64,

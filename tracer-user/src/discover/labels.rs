@@ -1,6 +1,7 @@
 //! Whose a process is: its control group, container, pod and user.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fs::{self, File},
     io::Read as _,
@@ -13,39 +14,39 @@ use std::{
 
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use procfs::process::{Process as ProcProcess, Status};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a process belongs to.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Labels {
     /// Path of its control group in the hierarchy (the unified one, where there is one).
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cgroup: Option<String>,
     /// The container that it runs in.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<Container>,
     /// UID of its Kubernetes pod.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_uid: Option<String>,
     /// Its real user's number.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,
     /// Its PID in its own PID namespace, where that is another than ours.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace_pid: Option<u32>,
 }
 
 /// A container.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Container {
     /// Its whole ID.
     pub id: String,
     /// What runs it: `docker`, `containerd`, `podman`, `cri-o`; none if the control group does not
     /// say.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub runtime: Option<&'static str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Cow<'static, str>>,
     /// Its name, if its runtime's files tell it.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
 }
 
@@ -215,7 +216,7 @@ pub fn container(cgroup: &str) -> Option<Container> {
     });
     Some(Container {
         id: id.to_owned(),
-        runtime,
+        runtime: runtime.map(Cow::Borrowed),
         name: None,
     })
 }
@@ -336,7 +337,7 @@ mod tests {
 
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-    fn of(path: &str) -> Option<(Option<&'static str>, String)> {
+    fn of(path: &str) -> Option<(Option<Cow<'static, str>>, String)> {
         container(&path.replace("ID", ID)).map(|container| (container.runtime, container.id))
     }
 
@@ -385,7 +386,8 @@ mod tests {
             ("/kubepods.slice/crio-ID.scope", Some("cri-o")),
             ("/default/ID", Some("containerd")),
         ] {
-            assert_eq!(of(path), Some((runtime, ID.to_owned())), "{path}");
+            let expected = (runtime.map(Cow::Borrowed), ID.to_owned());
+            assert_eq!(of(path), Some(expected), "{path}");
         }
         assert_eq!(of("/user.slice/user-0.slice/session-1.scope"), None);
         assert_eq!(container("/docker/0123"), None);

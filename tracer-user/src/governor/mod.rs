@@ -14,7 +14,7 @@ use std::{collections::VecDeque, fmt, time::Duration};
 
 use account::Account;
 pub use cost::{Costs, Load, Reading, sample_bytes};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 pub use speedometer::Speedometer;
 
 use crate::{report::units::duration, windows::Schedule};
@@ -46,7 +46,7 @@ const TOO_FAR_APART_S: f64 = 60.0;
 const ATTACHING_S: f64 = 0.08;
 
 /// How much of the calls is recorded. Serialized by its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gear {
     /// All.

@@ -1,6 +1,6 @@
 //! What a site leaks, where calls were recorded in windows.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::units::{bytes, count, counted, duration};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 const CONFIDENCE: f64 = 0.95;
 
 /// What a site leaks a second.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LeakRate {
     /// Blocks a second.
     pub blocks_per_s: Interval,

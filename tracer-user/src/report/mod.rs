@@ -10,6 +10,7 @@ mod text;
 pub(crate) mod units;
 
 use std::{
+    borrow::Cow,
     cmp::Ordering,
     collections::BTreeMap,
     fs::File,
@@ -18,7 +19,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use leak_rate::LeakRate;
 pub use programs::{ProgramReport, programs};
@@ -38,14 +39,14 @@ use crate::{
 pub const SCHEMA: &str = "unfreed.report/1";
 
 /// Everything a session found.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// [`SCHEMA`].
-    pub schema: &'static str,
+    pub schema: Cow<'static, str>,
     /// Of unfreed.
-    pub version: &'static str,
+    pub version: Cow<'static, str>,
     /// The verb: `run`, `attach`.
-    pub command: &'static str,
+    pub command: Cow<'static, str>,
     /// When tracing began, RFC 3339.
     pub started: String,
     /// How long it went on, in seconds.
@@ -53,34 +54,34 @@ pub struct Report {
     /// `exact`: every call was recorded; `sampled`: by bytes ([`Filters::sample_bytes`]), or of some processes
     /// one in 16 or fewer, where they had too many blocks; `windows`: for a part of the time
     /// ([`Report::windows`], [`BudgetReport::changes`]).
-    pub mode: &'static str,
+    pub mode: Cow<'static, str>,
     /// What was left out on the user's wish.
     pub filters: Filters,
     /// How the budget of overhead was kept, if there was one.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetReport>,
     /// When calls were recorded, if not all the time: the windows that came last.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub windows: Option<WindowsReport>,
     /// Where it ran.
     pub host: HostFacts,
     /// What unfreed took itself.
     pub own_use: OwnUse,
     /// What was not seen, by counter.
-    pub missed_events: BTreeMap<&'static str, u64>,
+    pub missed_events: BTreeMap<Cow<'static, str>, u64>,
     /// What stacks were unwound by.
     pub unwind: UnwindTables,
     /// Whether stacks that were unwound twice are the same, where that was asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stack_check: Option<StackCheck>,
     /// Frees of blocks that the ledger never had.
     pub untracked_frees: u64,
     /// Files whose probes were for all processes of the host.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared_probes: Vec<SharedFile>,
     /// Ended processes that are in no entry of their own, as there were too many: only in those of their
     /// programs.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub processes_summed_up: u64,
     /// One entry a program that was more than one process instance, over all of them.
     pub programs: Vec<ProgramReport>,
@@ -92,7 +93,7 @@ pub struct Report {
 }
 
 /// A file whose probes were for all processes of the host that have it mapped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedFile {
     /// Its path.
     pub path: PathBuf,
@@ -102,28 +103,28 @@ pub struct SharedFile {
 }
 
 /// What was left out on the user's wish; absent where nothing was.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filters {
     /// Smaller blocks were not recorded.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_size_bytes: Option<u64>,
     /// Larger blocks were not recorded.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_size_bytes: Option<u64>,
     /// `live_*` of sites count only blocks at least this old.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub older_ms: Option<u64>,
     /// Only this file's allocator was probed.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub object: Option<String>,
     /// Functions with this prefix were probed too.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub symbol_prefix: Option<String>,
     /// The allocators were not probed.
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub no_heap: bool,
     /// One in so many bytes was sampled, on average.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sample_bytes: Option<u64>,
 }
 
@@ -136,17 +137,17 @@ impl Filters {
 }
 
 /// Where a session ran.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFacts {
     /// Kernel release.
     pub kernel: String,
     /// Measured cost of one hit of an emulated probe, in nanoseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trap_ns: Option<u32>,
 }
 
 /// The unwind tables of a session, when they were most.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UnwindTables {
     /// Files with tables.
     pub files: u64,
@@ -161,7 +162,7 @@ pub struct UnwindTables {
 }
 
 /// One process instance.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ProcessReport {
     /// Its PID.
     pub pid: u32,
@@ -195,7 +196,7 @@ pub struct ProcessReport {
     /// Over all sites of the heap.
     pub totals: Totals,
     /// What the user had counted beside it.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub families: Vec<FamilyReport>,
     /// How far up their stacks go.
     pub stacks: StackQuality,
@@ -204,7 +205,7 @@ pub struct ProcessReport {
 }
 
 /// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
     /// Exit status, if it exited.
     pub code: Option<i32>,
@@ -232,7 +233,7 @@ impl Exit {
 }
 
 /// Things of a kind that the user named functions for.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FamilyReport {
     /// Its name.
     pub name: String,
@@ -243,7 +244,7 @@ pub struct FamilyReport {
 }
 
 /// Sums over a process's sites.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
     /// Blocks allocated; a successful `realloc` counts as one, and as one free.
     pub allocs: u64,
@@ -260,7 +261,7 @@ pub struct Totals {
     /// Highest `live_bytes` at an interval's end.
     pub peak_live_bytes: u64,
     /// How far the figures may be off, where blocks stand for others.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margins: Option<Margins>,
 }
 
@@ -283,12 +284,12 @@ impl Totals {
 }
 
 /// One call stack.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SiteReport {
     /// The same for the same stack of the same binaries, in every session.
     pub id: String,
     /// What is counted, if it is not the heap: the name of a [`FamilyReport`].
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub family: Option<String>,
     /// Blocks allocated here.
     pub allocs: u64,
@@ -311,26 +312,26 @@ pub struct SiteReport {
     /// By how much the bytes not freed grow a second; null where that is not known.
     pub growth_bytes_per_s: Option<f64>,
     /// Its 95 % interval.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub growth_interval_bytes_per_s: Option<[f64; 2]>,
     /// How far these figures may be off, where blocks stand for others.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margins: Option<Margins>,
     /// What is leaked here, where calls were recorded in windows.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leak_rate: Option<LeakRate>,
     /// Age of the oldest block not freed, in seconds; null if there is none.
     pub oldest_s: Option<f64>,
     /// Frees that were not seen here: the figures above may be off by as many.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub missed_frees: u64,
     /// The allocator's caller first.
     pub stack: Vec<Frame>,
     /// Whether the stack ends before the thread's start, and why.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub stack_cut: Option<&'static str>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stack_cut: Option<Cow<'static, str>>,
     /// Whether its outer frames are those of one call only, and others may have come another way.
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub stack_sampled: bool,
 }
 
@@ -440,7 +441,7 @@ impl SiteReport {
 }
 
 /// One function of a stack.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frame {
     /// Its demangled name; null without a symbol.
     pub function: Option<String>,
@@ -457,13 +458,13 @@ pub struct Frame {
     /// Whether the function was inlined into the next frame's.
     pub inlined: bool,
     /// Whether it is an allocation wrapper, as are all frames before it.
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub wrapper: bool,
     /// Whether it is the first frame of the program's own code.
-    #[serde(skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub own: bool,
     /// The return address, where it belongs to no file.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<u64>,
 }
 
@@ -527,4 +528,113 @@ pub fn check_output(options: &ReportOptions) -> anyhow::Result<()> {
 
 fn create(path: &Path) -> io::Result<File> {
     File::create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verdict::Growth;
+
+    fn report() -> Report {
+        let mut site = SiteReport {
+            id: "0123456789abcdef".to_owned(),
+            allocs: 10,
+            live_blocks: 3,
+            stack: vec![Frame {
+                function: Some("leak".to_owned()),
+                own: true,
+                ..Frame::default()
+            }],
+            stack_cut: Some("for a reason".into()),
+            ..SiteReport::default()
+        };
+        site.set_judgement(&Judgement {
+            verdict: Verdict::Growing,
+            confidence: 0.9,
+            why: "10 allocated".to_owned(),
+            growth: Some(Growth {
+                bytes_per_s: 3.0,
+                low: 2.0,
+                high: 4.0,
+            }),
+        });
+        Report {
+            schema: SCHEMA.into(),
+            version: "0.1.0".into(),
+            command: "run".into(),
+            started: "2026-11-23T00:00:00Z".to_owned(),
+            duration_s: 1.5,
+            mode: "exact".into(),
+            filters: Filters::default(),
+            budget: Some(BudgetReport::default()),
+            windows: Some(WindowsReport::default()),
+            host: HostFacts::default(),
+            own_use: OwnUse::default(),
+            missed_events: BTreeMap::from([("missed_frees".into(), 2)]),
+            unwind: UnwindTables::default(),
+            stack_check: None,
+            untracked_frees: 7,
+            shared_probes: Vec::new(),
+            processes_summed_up: 0,
+            programs: vec![ProgramReport {
+                sites: vec![site.clone()],
+                ..ProgramReport::default()
+            }],
+            processes: vec![ProcessReport {
+                pid: 42,
+                exit: Some(Exit {
+                    code: Some(3),
+                    signal: None,
+                }),
+                sites: vec![site],
+                ..ProcessReport::default()
+            }],
+            sums: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_report_is_read_as_it_was_written() {
+        let written = report();
+        let text = serde_json::to_string(&written).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), written);
+        // What is absent was not there.
+        for absent in [
+            "shared_probes",
+            "processes_summed_up",
+            "stack_check",
+            "leak_rate",
+        ] {
+            assert!(!text.contains(absent), "{absent}: {text}");
+        }
+    }
+
+    #[test]
+    fn leaks_come_first_by_what_they_grow_at_least() {
+        let site = |verdict, low: f64, live_bytes| {
+            let mut site = SiteReport {
+                live_bytes,
+                ..SiteReport::default()
+            };
+            let growth = Growth {
+                bytes_per_s: low + 1.0,
+                low,
+                high: low + 2.0,
+            };
+            site.set_judgement(&Judgement {
+                verdict,
+                growth: Some(growth),
+                ..Judgement::default()
+            });
+            site
+        };
+        let mut sites = [
+            site(Verdict::Bounded, 90.0, 1000),
+            site(Verdict::Growing, 5.0, 10),
+            site(Verdict::Steady, 0.0, 2000),
+            site(Verdict::Growing, 50.0, 1),
+        ];
+        SiteReport::sort(&mut sites);
+        assert_eq!(sites.map(|site| site.live_bytes), [1, 10, 2000, 1000]);
+    }
 }

@@ -2,18 +2,18 @@
 
 use std::collections::{HashMap, HashSet};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{FamilyReport, ProcessReport, SiteReport, Totals, is_zero};
 use crate::{discover::labels::Container, stacks::StackQuality};
 
 /// A program that was several process instances.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ProgramReport {
     /// Its path; empty if its processes were gone before anybody could look.
     pub exe: String,
     /// The container that it ran in: programs of the same path in other containers are others.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container: Option<Container>,
     /// The kernel's short name of one of its processes.
     pub comm: String,
@@ -22,12 +22,12 @@ pub struct ProgramReport {
     /// Of these, those that were there to the end.
     pub running: usize,
     /// Blocks that were not recorded, and for which others stand.
-    #[serde(skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub sampled_out: u64,
     /// Over all instances. `peak_live_bytes` is the sum of theirs, which may be of different times.
     pub totals: Totals,
     /// What the user had counted beside the heap.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub families: Vec<FamilyReport>,
     /// How far up their stacks go.
     pub stacks: StackQuality,

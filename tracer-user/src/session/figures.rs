@@ -199,8 +199,8 @@ impl Session {
             .missed()?
             .into_iter()
             .map(|(missed, n)| match missed {
-                Missed::Unidentified => (missed.name(), n + self.unidentified),
-                _ => (missed.name(), n),
+                Missed::Unidentified => (missed.name().into(), n + self.unidentified),
+                _ => (missed.name().into(), n),
             })
             .collect();
         let windows = self.windows_report();
@@ -217,12 +217,12 @@ impl Session {
             () => "exact",
         };
         Ok(Report {
-            schema: SCHEMA,
-            version: env!("CARGO_PKG_VERSION"),
-            command: self.command,
+            schema: SCHEMA.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            command: self.command.into(),
             started: humantime::format_rfc3339_millis(self.started).to_string(),
             duration_s: (now_ns.saturating_sub(self.started_ns)) as f64 / 1e9,
-            mode,
+            mode: mode.into(),
             filters: Filters {
                 sample_bytes: self.sampled_bytes,
                 ..self.filters.clone()

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Session,
@@ -106,7 +106,7 @@ struct Open {
 }
 
 /// How a budget was kept.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BudgetReport {
     /// What tracing was to take at most, in per cent of the processor time that the targets take
     /// themselves.
@@ -131,7 +131,7 @@ impl BudgetReport {
 }
 
 /// A change of gear.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GearChange {
     /// When, in milliseconds since tracing began.
     pub at_ms: u64,

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracer_common::site::Site;
 
 use super::{Session, meters::Snapshot};
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// When calls were recorded, where that was not all the time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WindowsReport {
     /// When windows began to follow each other, in seconds since tracing began.
     pub since_s: f64,

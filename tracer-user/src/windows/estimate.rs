@@ -2,7 +2,7 @@
 
 use std::{cmp::Ordering, fmt};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     cohorts::Members,
@@ -51,7 +51,7 @@ const SPEED_UNKNOWN: f64 = 0.25;
 const SIZE_CLASSES: usize = 64;
 
 /// A figure and where it lies with a probability of at least 95 %.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// It is not less.
     pub low: f64,
@@ -81,7 +81,7 @@ impl Interval {
 }
 
 /// Why an interval is as wide as it is, or includes zero, or what may be wrong with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Doubt {
     /// Fewer than 8 windows, or 60 seconds.

@@ -724,7 +724,7 @@ fn write_site(
     if site.stack.is_empty() {
         writeln!(to, "       (stacks that found no room in the site table)")?;
     }
-    if let Some(cut) = site.stack_cut {
+    if let Some(cut) = &site.stack_cut {
         writeln!(to, "       … ({cut})")?;
     }
     if site.stack_sampled {
