@@ -15,8 +15,8 @@ use unfreed_tests::{
     wait,
 };
 
-/// Processes, each sampled by its own random numbers.
-const CHILDREN: usize = 100;
+/// Processes, each sampled by its own random numbers. With half as many, one in some hundred runs would fail by chance.
+const CHILDREN: usize = 200;
 const SAMPLE_BYTES: f64 = 8192.0;
 
 /// What each of them does at a site: blocks allocated and their size, and blocks kept.
@@ -89,7 +89,7 @@ impl Figure {
         );
     }
 
-    /// So many of 100 lie within their margins; 95 are meant to.
+    /// At least 86 in 100 lie within their margins; 95 are meant to.
     fn assert_within_margins(&self, site: &str) {
         let within = self
             .estimates
@@ -157,7 +157,7 @@ fn sampled(before: &[&str], options: &[&str]) -> (Report, std::path::PathBuf) {
 }
 
 #[test]
-fn estimates_of_a_hundred_processes_are_unbiased_and_within_their_margins() {
+fn estimates_of_many_processes_are_unbiased_and_within_their_margins() {
     if !skip::is_root() {
         return;
     }

@@ -160,7 +160,8 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
         &Fixture::new("dlopens_allocator.c").flag("-ldl").build(),
         &[library.to_str().expect("a path in UTF-8")],
     );
-    let mut forks = Target::start(&Fixture::new("forks.c").build(), &["1000"]);
+    // Of the processes that have ended, 1,024 have reports of their own, strangers included.
+    let mut forks = Target::start(&Fixture::new("forks.c").build(), &["900"]);
 
     // What was there before it, the machine's own processes included, is traced too.
     let session = attach_all(&["--max-live", "2000000"]);
@@ -195,7 +196,7 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
 
     let parent = report.process(forks.pid());
     let (children, mut books) = books_of_children(report, forks.pid(), &parent["exe"]);
-    assert_eq!(children, 1000);
+    assert_eq!(children, 900);
     for (site, counts) in books_through_any_frame(sites_of(parent)).0 {
         books.add(&site, counts);
     }
@@ -210,7 +211,7 @@ fn one_session_over_all_processes_is_exact_for_every_kind_of_them() {
                 .find(|program| program["exe"] == parent["exe"])
         })
         .expect("the program of the children");
-    assert_eq!(field(program, "instances"), 1001);
+    assert_eq!(field(program, "instances"), 901);
     assert_eq!(Counts::of_report(&program["totals"]), books.sum());
 
     let contained = report.process(pid);
