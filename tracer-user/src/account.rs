@@ -5,11 +5,13 @@ use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
     fmt,
+    num::ParseIntError,
     path::Path,
     rc::Rc,
-    time::Duration,
+    str::FromStr,
 };
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tracer_common::{
     alloc_spec::{Family, HEAP},
@@ -125,7 +127,23 @@ impl<'a> Figures<'a> {
         })
     }
 
-    /// What the sites have counted. Stacks that differ only beyond what can be believed are one site.
+    /// Which sites they are, and where. Stacks that differ only beyond what can be believed are one site.
+    #[must_use]
+    pub fn places(&self) -> HashMap<SiteId, SitePlace<'a>> {
+        let mut places: HashMap<SiteId, SitePlace<'a>> = HashMap::new();
+        for one in self.identified() {
+            let leak = self.leaks.get(&one.number).map(LeakRate::from);
+            let place = places.entry(one.id).or_insert(SitePlace {
+                family: one.family,
+                stack: one.stack,
+                leak: None,
+            });
+            place.leak = join(place.leak.take(), leak);
+        }
+        places
+    }
+
+    /// What the sites have counted, by the same rule.
     #[must_use]
     pub fn tallies(&self) -> HashMap<SiteId, Tally> {
         let mut tallies: HashMap<SiteId, Tally> = HashMap::new();
@@ -136,8 +154,19 @@ impl<'a> Figures<'a> {
     }
 }
 
-/// What a process instance did; or several of a program, as one.
+/// Where a site is.
 #[derive(Clone, Debug)]
+pub struct SitePlace<'a> {
+    /// What is counted.
+    pub family: Family,
+    /// Its stack; none if that is not known.
+    pub stack: Option<&'a Rc<Stack>>,
+    /// What it leaks, where windows told.
+    pub leak: Option<LeakRate>,
+}
+
+/// What a process instance did; or several of a program, as one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Account {
     /// The process.
     pub process: Process,
@@ -162,6 +191,7 @@ pub struct Account {
     /// How far up its stacks go.
     pub quality: StackQuality,
     /// What it did where.
+    #[serde(skip)]
     pub sites: HashMap<SiteId, SiteAccount>,
 }
 
@@ -193,6 +223,32 @@ pub struct SiteAccount {
 }
 
 impl SiteAccount {
+    /// Of what was counted there.
+    #[must_use]
+    pub fn new(place: SitePlace<'_>, tally: &Tally) -> Self {
+        Self {
+            family: place.family,
+            allocs: tally.allocs,
+            frees: tally.frees,
+            alloc_bytes: tally.alloc_bytes,
+            freed_bytes: tally.freed_bytes,
+            missed_frees: tally.missed_frees,
+            variances: Variances::of(tally),
+            stack: place.stack.cloned(),
+            leak: place.leak,
+            judgement: Judgement::default(),
+            ages: None,
+        }
+    }
+
+    /// Notes what was judged by its course. Where that tells nothing, windows may.
+    pub fn judge(&mut self, judged: Judgement) {
+        self.judgement = match &self.leak {
+            Some(leak) if judged.verdict == Verdict::InsufficientData => leak.judgement(),
+            _ => judged,
+        };
+    }
+
     /// Adds the figures of another site.
     pub fn add(&mut self, other: &Self) {
         self.allocs += other.allocs;
@@ -201,11 +257,7 @@ impl SiteAccount {
         self.freed_bytes += other.freed_bytes;
         self.missed_frees += other.missed_frees;
         self.variances.add(&other.variances);
-        match (&mut self.leak, &other.leak) {
-            (Some(ours), Some(theirs)) => ours.join(theirs),
-            (ours, Some(theirs)) => *ours = Some(theirs.clone()),
-            (_, None) => {}
-        }
+        self.leak = join(self.leak.take(), other.leak.clone());
         self.judgement.join(&other.judgement);
         match (&mut self.ages, &other.ages) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
@@ -219,6 +271,16 @@ impl SiteAccount {
 
     const fn live_bytes(&self) -> u64 {
         self.alloc_bytes.saturating_sub(self.freed_bytes)
+    }
+}
+
+fn join(ours: Option<LeakRate>, theirs: Option<LeakRate>) -> Option<LeakRate> {
+    match (ours, theirs) {
+        (Some(mut ours), Some(theirs)) => {
+            ours.join(&theirs);
+            Some(ours)
+        }
+        (ours, theirs) => ours.or(theirs),
     }
 }
 
@@ -273,6 +335,14 @@ impl SiteId {
     }
 }
 
+impl FromStr for SiteId {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        u64::from_str_radix(text, 16).map(|number| Self(number.to_be_bytes()))
+    }
+}
+
 impl fmt::Display for SiteId {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(to, "{:016x}", u64::from_be_bytes(self.0))
@@ -302,8 +372,6 @@ impl Account {
     /// What an instance has done so far.
     #[must_use]
     pub fn of(target: &Target, figures: &Figures<'_>) -> Self {
-        let Figures { state, .. } = figures;
-        let mut quality = StackQuality::default();
         // Stacks that differ only beyond what can be believed are one site.
         let mut sites: HashMap<SiteId, SiteAccount> = HashMap::new();
         for Identified {
@@ -314,35 +382,40 @@ impl Account {
             stack,
         } in figures.identified()
         {
-            quality.add(stack.map(AsRef::as_ref), site.allocs);
-            let account = SiteAccount {
+            let place = SitePlace {
                 family,
-                allocs: site.allocs,
-                frees: site.frees,
-                alloc_bytes: site.alloc_bytes,
-                freed_bytes: site.freed_bytes,
-                missed_frees: site.missed_frees,
-                variances: Variances::of(site),
+                stack,
                 leak: figures.leaks.get(&number).map(LeakRate::from),
-                judgement: Judgement::default(),
-                stack: stack.cloned(),
+            };
+            let account = SiteAccount {
                 ages: figures.ages.get(&number).copied(),
+                ..SiteAccount::new(place, &Tally::of(site))
             };
             sites
                 .entry(id)
                 .and_modify(|known| known.add(&account))
                 .or_insert(account);
         }
-        let ran_before = match target.from_start {
-            true => Duration::ZERO,
-            false => target.ran_before,
-        };
         for (id, site) in &mut sites {
-            let judged = target.history.judge(*id, figures.judging, ran_before);
-            site.judgement = match &site.leak {
-                Some(leak) if judged.verdict == Verdict::InsufficientData => leak.judgement(),
-                _ => judged,
-            };
+            site.judge(
+                target
+                    .history
+                    .judge(*id, figures.judging, target.ran_before()),
+            );
+        }
+        Self {
+            sites,
+            ..Self::facts(target, figures)
+        }
+    }
+
+    /// The same without what it did where.
+    #[must_use]
+    pub fn facts(target: &Target, figures: &Figures<'_>) -> Self {
+        let Figures { state, .. } = figures;
+        let mut quality = StackQuality::default();
+        for one in figures.identified() {
+            quality.add(one.stack.map(AsRef::as_ref), one.site.allocs);
         }
         Self {
             process: target.process.clone(),
@@ -366,7 +439,7 @@ impl Account {
             },
             peak_live_bytes: target.peak_live_bytes,
             quality,
-            sites,
+            sites: HashMap::new(),
         }
     }
 

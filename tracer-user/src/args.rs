@@ -14,6 +14,7 @@ use crate::{
         presets::Preset,
         syntax::{self, Parsed, Role},
     },
+    recording::{Created, DEFAULT_MOST_BYTES, Moment},
     symbolize,
 };
 
@@ -144,6 +145,24 @@ Examples:
   unfreed top --interval 60 | tee growth.txt
   unfreed top --once --format json -o top.json")]
     Top(Top),
+    /// Make a report of a recording
+    #[command(after_help = "\
+Every form of report can be made of a recording (`-r FILE` at attach or run), also while its session
+goes on. Files that are no longer there are looked for by their build IDs; the names of functions that
+the session knew are in the recording.
+
+TIME is since the session's begin (90, 10m, 1h30m), before its end (-10m), or a time of day in UTC
+(2026-11-24T13:45:00Z). Of a part of a session, figures are by how much it counted more at its end
+than at its begin.
+
+Examples:
+  unfreed report web.unfreed
+  unfreed report web.unfreed --format json -o web.json
+  unfreed report web.unfreed --from -10m          the last ten minutes
+  unfreed report web.unfreed --from 1h --to 2h
+  unfreed report web.unfreed --debug-dir ./debug  with the symbols that are there
+  unfreed report web.unfreed --format folded | inferno-flamegraph > web.svg")]
+    Report(ReportRecording),
     /// Check what this host can do, and what would be probed in a process
     #[command(after_help = "\
 Examples:
@@ -170,6 +189,18 @@ pub enum Format {
     Json,
 }
 
+/// Form of a report on call stacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ReportFormat {
+    /// For people
+    #[default]
+    Text,
+    /// For programs (docs/reports.md describes it)
+    Json,
+    /// One line a stack with the bytes not freed, for flame graphs
+    Folded,
+}
+
 /// Where the report goes and what it shows.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct ReportOptions {
@@ -178,13 +209,10 @@ pub struct ReportOptions {
     pub output: Option<PathBuf>,
     /// Form of the report
     #[arg(long, value_enum, default_value_t)]
-    pub format: Format,
+    pub format: ReportFormat,
     /// Show the N sites that hold most (text only; JSON has them all)
     #[arg(short = 'T', long = "limit", value_name = "N", default_value = "10", value_parser = limit)]
     pub limit: usize,
-    /// Count only blocks that have been live for at least MS milliseconds
-    #[arg(long, value_name = "MS")]
-    pub older: Option<u64>,
     /// Look for separate debug files in DIR first, then in /usr/lib/debug (may be repeated)
     #[arg(long, value_name = "DIR")]
     pub debug_dir: Vec<PathBuf>,
@@ -198,9 +226,36 @@ pub struct ReportOptions {
     pub warmup: Option<Duration>,
 }
 
+/// What is kept of a session.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct RecordOptions {
+    /// Record the session to FILE, of which `unfreed report` makes reports later, here or elsewhere
+    #[arg(short, long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
+    /// What the recording takes at most: of the past ever fewer looks are kept, and if that does not suffice, no new
+    /// ones [default: 1G]
+    #[arg(long, value_name = "BYTES", requires = "record", value_parser = file_size)]
+    pub record_max: Option<u64>,
+}
+
+impl RecordOptions {
+    /// Makes the file, if one is wanted.
+    pub fn create(&self) -> anyhow::Result<Option<Created>> {
+        let most_bytes = self.record_max.unwrap_or(DEFAULT_MOST_BYTES);
+        let path = self.record.as_ref();
+        path.map(|path| Created::new(path, most_bytes)).transpose()
+    }
+}
+
 /// What is traced and recorded.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct TraceOptions {
+    /// Recording
+    #[command(flatten)]
+    pub record: RecordOptions,
+    /// Count only blocks that have been live for at least MS milliseconds
+    #[arg(long, value_name = "MS")]
+    pub older: Option<u64>,
     /// Do not record blocks smaller than N bytes
     #[arg(short = 'z', long, value_name = "N", default_value_t = 0)]
     pub min_size: u64,
@@ -293,6 +348,8 @@ pub struct TraceOptions {
 impl Default for TraceOptions {
     fn default() -> Self {
         Self {
+            record: RecordOptions::default(),
+            older: None,
             min_size: 0,
             max_size: u64::MAX,
             sample_bytes: None,
@@ -513,6 +570,23 @@ impl Attach {
     }
 }
 
+/// `unfreed report`.
+#[derive(Debug, ClapArgs)]
+pub struct ReportRecording {
+    /// The recording
+    #[arg(value_name = "RECORDING")]
+    pub recording: PathBuf,
+    /// Begin of what is reported
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
+    pub from: Option<Moment>,
+    /// End of what is reported
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
+    pub to: Option<Moment>,
+    /// Reporting
+    #[command(flatten)]
+    pub report: ReportOptions,
+}
+
 /// `unfreed top`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Top {
@@ -600,7 +674,19 @@ fn limit(text: &str) -> Result<usize, String> {
 
 /// A number of bytes up to 1 GiB, as `524288`, `512k`, `512KiB` or `1M`.
 fn byte_size(text: &str) -> Result<u64, String> {
-    const MOST: u64 = 1 << 30;
+    bytes_between(text, 1, 1 << 30)
+        .map_err(|error| error.unwrap_or("it must be from 1 byte to 1 GiB".to_owned()))
+}
+
+/// A number of bytes that a file may take.
+fn file_size(text: &str) -> Result<u64, String> {
+    bytes_between(text, 1 << 20, 1 << 50)
+        .map_err(|error| error.unwrap_or("it must be from 1 MiB to 1 PiB".to_owned()))
+}
+
+/// A number of bytes from one on to another; the error is empty if it is beyond them.
+fn bytes_between(text: &str, least: u64, most: u64) -> Result<u64, Option<String>> {
+    const NONE: &str = "it is no number of bytes (as 524288, 512k or 1M)";
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let unit = text[digits.len()..].to_ascii_lowercase();
     let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
@@ -608,14 +694,15 @@ fn byte_size(text: &str) -> Result<u64, String> {
         "k" => 10,
         "m" => 20,
         "g" => 30,
-        _ => return Err("it is no number of bytes (as 524288, 512k or 1M)".to_owned()),
+        "t" => 40,
+        _ => return Err(Some(NONE.to_owned())),
     };
     let Ok(number) = digits.parse::<u64>() else {
-        return Err("it is no number of bytes (as 524288, 512k or 1M)".to_owned());
+        return Err(Some(NONE.to_owned()));
     };
     match number.checked_mul(1 << shift) {
-        Some(bytes) if (1..=MOST).contains(&bytes) => Ok(bytes),
-        _ => Err("it must be from 1 byte to 1 GiB".to_owned()),
+        Some(bytes) if (least..=most).contains(&bytes) => Ok(bytes),
+        _ => Err(None),
     }
 }
 

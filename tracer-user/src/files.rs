@@ -22,11 +22,12 @@ use crate::{
         maps::{Backing, FilePart, Mapping},
         module::{FileId, Module, Search},
         process::Process,
-        root::Root,
+        root::{Links, Root},
     },
     symbolize::{
-        debug_files::{DebugFile, DebugFileSearch},
+        debug_files::{self, DebugFile, DebugFileSearch},
         perf_map::PerfMap,
+        symbols,
     },
 };
 
@@ -47,8 +48,74 @@ pub struct KnownFile {
     pub is_overlaid: bool,
     /// Files that describe it, as the process that showed it could see them.
     pub debug_files: Vec<DebugFile>,
+    /// Where its code is, if what is held only describes it: the debug file of one that was recorded elsewhere.
+    pub code: Option<Vec<symbols::Segment>>,
     /// Keeps the inode alive.
     handle: Option<File>,
+}
+
+/// A file of which a recording tells.
+#[derive(Debug)]
+pub struct RecordedFile {
+    /// No other file of the recording has it.
+    pub number: u64,
+    /// See [`KnownFile`].
+    pub path: PathBuf,
+    /// See [`KnownFile`].
+    pub path_inside: PathBuf,
+    /// GNU build ID, in hexadecimal.
+    pub build_id: Option<String>,
+    /// Where its code is.
+    pub code: Option<Vec<symbols::Segment>>,
+}
+
+impl RecordedFile {
+    /// The file itself, if it is still there; else what describes it, if that is. A file without a build ID cannot be
+    /// told from another one.
+    #[must_use]
+    pub fn find(self, search: &DebugFileSearch) -> KnownFile {
+        let Self {
+            number,
+            path,
+            path_inside,
+            build_id,
+            code,
+        } = self;
+        let is_it = |file: &File| build_id.is_some() && debug_files::build_id(file) == build_id;
+        let itself = Root::of_host().ok();
+        let itself = itself
+            .and_then(|root| root.open(&path, Links::Follow).ok())
+            .filter(is_it);
+        let mut debug_files = match (&itself, &build_id) {
+            (Some(file), _) => search.find(file, &path_inside, None),
+            (None, Some(build_id)) => search.of_build_id(build_id).into_iter().collect(),
+            (None, None) => Vec::new(),
+        };
+        let only_described = itself.is_none() && code.is_some();
+        let handle = match only_described {
+            true => debug_files
+                .first()
+                .and_then(|file| file.handle.try_clone().ok()),
+            false => itself,
+        };
+        if handle.is_none() {
+            debug_files.clear();
+        }
+        KnownFile {
+            number,
+            path,
+            path_inside,
+            is_elf: true,
+            module: Ok(Module {
+                build_id,
+                ..Module::default()
+            }),
+            is_overlaid: false,
+            debug_files,
+            code: code.filter(|_| only_described),
+            handle,
+        }
+    }
 }
 
 impl KnownFile {
@@ -171,6 +238,7 @@ impl Files {
                 let search = &self.debug_file_search;
                 search.find(file, &path_inside, root.as_ref())
             }),
+            code: None,
             path_inside,
             handle,
         });
@@ -199,6 +267,7 @@ impl Files {
             is_overlaid: false,
             is_elf: true,
             debug_files: Vec::new(),
+            code: None,
             module: Module::read(&fd_path(&file), &self.search)
                 .map_err(|error| format!("{error:#}")),
             handle: Some(file),

@@ -8,7 +8,7 @@ use std::{collections::HashMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tracer_common::{
-    histogram::{birth_slice, birth_slice_start_ns},
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, birth_slice_start_ns},
     site::{Site, VARIANCE_BYTES},
 };
 
@@ -40,7 +40,11 @@ pub struct Tally {
     pub former_frees: u64,
     /// See there.
     pub former_freed_bytes: u64,
-    /// Variance of the live blocks, where blocks stand for others.
+    /// Variance of the blocks allocated, where blocks stand for others.
+    pub alloc_variance: u64,
+    /// Of the bytes allocated, in [`VARIANCE_BYTES`] squared.
+    pub alloc_bytes_variance: u64,
+    /// Of the live blocks.
     pub live_variance: u64,
     /// Of the live bytes, in [`VARIANCE_BYTES`] squared.
     pub live_bytes_variance: u64,
@@ -63,6 +67,8 @@ impl Tally {
             missed_frees: site.missed_frees,
             former_frees: site.former_frees,
             former_freed_bytes: site.former_freed_bytes,
+            alloc_variance: site.alloc_variance,
+            alloc_bytes_variance: site.alloc_bytes_variance,
             // A free may have been counted whose allocation was not yet when this was read.
             live_variance: site.live_variance.cast_signed().max(0).cast_unsigned(),
             live_bytes_variance: site
@@ -88,16 +94,39 @@ impl Tally {
         self.missed_frees += other.missed_frees;
         self.former_frees += other.former_frees;
         self.former_freed_bytes += other.former_freed_bytes;
+        self.alloc_variance += other.alloc_variance;
+        self.alloc_bytes_variance += other.alloc_bytes_variance;
         self.live_variance += other.live_variance;
         self.live_bytes_variance += other.live_bytes_variance;
         add_each(&mut self.lifetimes, &other.lifetimes);
         add_each(&mut self.births, &other.births);
     }
 
+    /// By how much it counted more than then. What is live is by how much that grew.
+    #[must_use]
+    pub fn more_than(&self, then: &Self) -> Self {
+        Self {
+            allocs: self.allocs.saturating_sub(then.allocs),
+            frees: self.frees.saturating_sub(then.frees),
+            alloc_bytes: self.alloc_bytes.saturating_sub(then.alloc_bytes),
+            freed_bytes: self.freed_bytes.saturating_sub(then.freed_bytes),
+            missed_frees: self.missed_frees.saturating_sub(then.missed_frees),
+            alloc_variance: self.alloc_variance.saturating_sub(then.alloc_variance),
+            alloc_bytes_variance: self
+                .alloc_bytes_variance
+                .saturating_sub(then.alloc_bytes_variance),
+            live_variance: self.live_variance + then.live_variance,
+            live_bytes_variance: self.live_bytes_variance + then.live_bytes_variance,
+            ..self.clone()
+        }
+    }
+
     /// What was counted of blocks born since a time, at which this was counted by then.
     fn since(&self, then: &Self, since_ns: u64) -> Self {
-        let former_frees = self.former_frees - then.former_frees;
-        let former_freed_bytes = self.former_freed_bytes - then.former_freed_bytes;
+        let former_frees = self.former_frees.saturating_sub(then.former_frees);
+        let former_freed_bytes = self
+            .former_freed_bytes
+            .saturating_sub(then.former_freed_bytes);
         let mut births = self.births.clone();
         // In the slice of that time there are blocks of before.
         births
@@ -215,6 +244,15 @@ pub struct Look<T> {
     pub seen: T,
 }
 
+/// What else changes by a look that saw something new.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// The one before, by its time, and until when it held, if that was longer than when it was made.
+    pub held: Option<(u64, u64)>,
+    /// Times of those that went.
+    pub gone: Vec<u64>,
+}
+
 /// Looks, the more recent the denser.
 #[derive(Clone, Debug)]
 pub struct Looks<T>(Vec<Look<T>>);
@@ -226,32 +264,44 @@ impl<T> Default for Looks<T> {
 }
 
 impl<T: PartialEq> Looks<T> {
-    /// Adds one, unless it saw what the last did. Gaps that those leave which go for it are at most this part of their
-    /// age.
-    pub fn push(&mut self, at_ns: u64, seen: T, fineness: u64) {
-        if let Some(last) = self.0.last_mut().filter(|last| last.seen == seen) {
-            last.until_ns = at_ns;
-            return;
+    /// Adds one, unless it saw what the last did: then nothing changes. Gaps that those leave which go for it are at
+    /// most this part of their age.
+    pub fn push(&mut self, at_ns: u64, seen: T, fineness: u64) -> Option<Change> {
+        let mut held = None;
+        if let Some(last) = self.0.last_mut() {
+            if last.seen == seen {
+                last.until_ns = at_ns;
+                return None;
+            }
+            if last.at_ns == at_ns {
+                last.seen = seen;
+                return Some(Change::default());
+            }
+            held = (last.until_ns > last.at_ns).then_some((last.at_ns, last.until_ns));
         }
         self.0.push(Look {
             at_ns,
             until_ns: at_ns,
             seen,
         });
-        self.thin(at_ns, fineness);
+        let gone = self.thin(at_ns, fineness);
+        Some(Change { held, gone })
     }
 
-    fn thin(&mut self, now_ns: u64, fineness: u64) {
+    /// Lets those go that leave no larger gaps. Gives their times.
+    fn thin(&mut self, now_ns: u64, fineness: u64) -> Vec<u64> {
+        let mut gone = Vec::new();
         let mut index = 1;
         while index + 1 < self.0.len() {
             let gap_ns = self.0[index + 1].at_ns - self.0[index - 1].at_ns;
             let age_ns = now_ns - self.0[index + 1].at_ns;
             if gap_ns <= age_ns / fineness {
-                self.0.remove(index);
+                gone.push(self.0.remove(index).at_ns);
             } else {
                 index += 1;
             }
         }
+        gone
     }
 
     /// All that are kept, the oldest first.
@@ -259,6 +309,21 @@ impl<T: PartialEq> Looks<T> {
     pub fn all(&self) -> &[Look<T>] {
         &self.0
     }
+}
+
+/// The last look before a history begins, unless it begins with the first.
+fn before_of<T>(looks: &[Look<T>], since_ns: u64) -> Option<&Look<T>> {
+    let after = looks.partition_point(|look| look.at_ns <= since_ns);
+    looks[..after].last().filter(|_| since_ns > 0)
+}
+
+/// The looks after a history begins, up to its end.
+fn within<T>(mut looks: Vec<Look<T>>, since_ns: u64, last_ns: u64) -> Looks<T> {
+    looks.retain_mut(|look| {
+        look.until_ns = look.until_ns.min(last_ns);
+        (look.at_ns > since_ns || since_ns == 0) && look.at_ns <= last_ns
+    });
+    Looks(looks)
 }
 
 /// A process instance over time.
@@ -287,6 +352,30 @@ impl Default for History {
     }
 }
 
+/// A history as it was kept elsewhere: all of it, and what is from before.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// See [`History`].
+    pub work: Vec<Look<Work>>,
+    /// The looks at each site, the oldest first.
+    pub sites: HashMap<SiteId, Vec<Look<Packed>>>,
+    /// Since when calls were recorded without a gap, in nanoseconds since the instance was armed.
+    pub since_ns: u64,
+    /// The last look.
+    pub last_ns: u64,
+}
+
+/// What changes by a look at a process.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// Of what the process did; none if that is nothing new.
+    pub work: Option<Change>,
+    /// Sites that have counted something new.
+    pub sites: HashMap<SiteId, Change>,
+    /// Times of looks that went as there are too many sites.
+    pub thinned: HashMap<SiteId, Vec<u64>>,
+}
+
 /// What the user said about how sites are judged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Judging {
@@ -306,14 +395,52 @@ impl Packed {
         Self(postcard::to_allocvec(tally).unwrap_or_default().into())
     }
 
+    /// Of bytes that were packed before.
+    #[must_use]
+    pub const fn from_bytes(bytes: Box<[u8]>) -> Self {
+        Self(bytes)
+    }
+
+    /// As bytes.
+    #[must_use]
+    pub fn into_bytes(self) -> Box<[u8]> {
+        self.0
+    }
+
     /// What was packed; nothing if it is damaged.
     #[must_use]
     pub fn tally(&self) -> Tally {
-        postcard::from_bytes(&self.0).unwrap_or_default()
+        let mut tally: Tally = postcard::from_bytes(&self.0).unwrap_or_default();
+        tally.lifetimes.truncate(LIFETIME_SLOTS);
+        tally.births.truncate(BIRTH_SLICES);
+        tally
     }
 }
 
 impl History {
+    /// What is from this time on, to that one, in nanoseconds since the instance was armed.
+    #[must_use]
+    pub fn of(kept: Kept, from_ns: u64, to_ns: u64) -> Self {
+        let since_ns = kept.since_ns.max(from_ns);
+        let last_ns = kept.last_ns.min(to_ns).max(since_ns);
+        let mut before = HashMap::new();
+        let mut sites = HashMap::new();
+        for (id, looks) in kept.sites {
+            if let Some(look) = before_of(&looks, since_ns) {
+                before.insert(id, look.seen.tally());
+            }
+            sites.insert(id, within(looks, since_ns, last_ns));
+        }
+        Self {
+            work: within(kept.work, since_ns, last_ns),
+            sites,
+            last_ns,
+            since_ns,
+            before,
+            ..Self::default()
+        }
+    }
+
     /// Forgets everything: calls are recorded without a gap only since then. What sites had counted by then is of blocks
     /// that may have been freed meanwhile.
     pub fn restart(&mut self, since_ns: u64, sites: HashMap<SiteId, Tally>) {
@@ -331,24 +458,29 @@ impl History {
         self.since_ns
     }
 
-    /// Takes in a look at all sites that have allocated something.
-    pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) {
+    /// Takes in a look at all sites that have allocated something. Gives what changes by it.
+    pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) -> Changes {
         self.last_ns = at_ns;
-        self.work.push(at_ns, work, self.fineness);
+        let mut changes = Changes {
+            work: self.work.push(at_ns, work, self.fineness),
+            ..Changes::default()
+        };
         for (id, tally) in sites {
             let looks = self.sites.entry(*id).or_default();
-            let packed = match self.before.get(id) {
-                Some(before) => Packed::new(&tally.since(before, self.since_ns)),
-                None => Packed::new(tally),
-            };
-            looks.push(at_ns, packed, self.fineness);
+            if let Some(change) = looks.push(at_ns, Packed::new(tally), self.fineness) {
+                changes.sites.insert(*id, change);
+            }
         }
         while self.bytes() > MOST_BYTES && self.fineness > 1 {
             self.fineness /= 2;
-            for looks in self.sites.values_mut() {
-                looks.thin(at_ns, self.fineness);
+            for (id, looks) in &mut self.sites {
+                let gone = looks.thin(at_ns, self.fineness);
+                if !gone.is_empty() {
+                    changes.thinned.entry(*id).or_default().extend(gone);
+                }
             }
         }
+        changes
     }
 
     /// Memory that the looks take.
@@ -375,10 +507,14 @@ impl History {
     /// What is known of a site.
     fn site(&self, id: SiteId) -> Vec<Look<Tally>> {
         let looks = self.sites.get(&id).map_or(&[][..], |looks| looks.all());
-        let unpacked = looks.iter().map(|look| Look {
-            at_ns: look.at_ns,
-            until_ns: look.until_ns,
-            seen: look.seen.tally(),
+        let before = self.before.get(&id);
+        let unpacked = looks.iter().map(|look| {
+            let tally = look.seen.tally();
+            Look {
+                at_ns: look.at_ns,
+                until_ns: look.until_ns,
+                seen: before.map_or_else(|| tally.clone(), |then| tally.since(then, self.since_ns)),
+            }
         });
         unpacked.collect()
     }

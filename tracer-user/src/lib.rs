@@ -4,10 +4,11 @@
 //! The way of a session: [`definitions`] are what the user asks for, [`discover`] finds processes, their files and the allocators in them,
 //! [`probe_point`] decides where probes stand, [`target`] attaches them through [`bpf`],
 //! [`session`] drains what the kernel side says, [`history`] keeps it, [`verdict`] judges it, [`symbolize`] gives names
-//! to it, and [`report`] writes it down. [`commands`] are the verbs, [`args`] their command line.
+//! to it, and [`report`] writes it down; [`recording`] keeps it for later. [`commands`] are the verbs, [`args`] their command line.
 
 pub mod account;
 pub mod args;
+pub mod assembly;
 pub mod attachments;
 pub mod bpf;
 pub mod calibrate;
@@ -24,6 +25,7 @@ pub mod growth;
 pub mod history;
 pub mod host;
 mod limits;
+pub mod output;
 pub mod own_use;
 pub mod page_faults;
 pub mod past;
@@ -31,6 +33,7 @@ pub mod preflight;
 pub mod probe_point;
 pub mod probe_set;
 pub mod ranges;
+pub mod recording;
 pub mod report;
 pub mod sampling;
 pub mod session;

@@ -4,8 +4,10 @@
 use serde::{Deserialize, Serialize};
 use tracer_common::{
     sampling::{INTERVAL_UNITS, Rate, SIZE_CLASSES, WEIGHT_UNITS, size_class_start},
-    site::{Site, VARIANCE_BYTES},
+    site::VARIANCE_BYTES,
 };
+
+use crate::history::Tally;
 
 /// The rate of one sample in so many bytes on average.
 #[must_use]
@@ -38,16 +40,15 @@ pub struct Variances {
 }
 
 impl Variances {
-    /// Of a site.
+    /// Of what a site has counted.
     #[must_use]
-    pub fn of(site: &Site) -> Self {
+    pub fn of(site: &Tally) -> Self {
         let square_bytes = (VARIANCE_BYTES * VARIANCE_BYTES) as f64;
         Self {
             allocs: site.alloc_variance as f64,
             alloc_bytes: site.alloc_bytes_variance as f64 * square_bytes,
-            // A free may have been counted whose allocation was not yet when this was read.
-            live_blocks: (site.live_variance as i64).max(0) as f64,
-            live_bytes: (site.live_bytes_variance as i64).max(0) as f64 * square_bytes,
+            live_blocks: site.live_variance as f64,
+            live_bytes: site.live_bytes_variance as f64 * square_bytes,
         }
     }
 
@@ -106,7 +107,7 @@ impl Margins {
 mod tests {
     use tracer_common::{
         sampling::{LOGARITHMS, WEIGHT_SHIFT, distance, has_point, size_class},
-        site::variances,
+        site::{Site, variances},
     };
 
     use super::*;
@@ -177,7 +178,9 @@ mod tests {
                     site.alloc_variance += of_blocks;
                     site.alloc_bytes_variance += of_bytes;
                 }
-                let margins = Variances::of(&site).margins().unwrap_or_default();
+                let margins = Variances::of(&Tally::of(&site))
+                    .margins()
+                    .unwrap_or_default();
                 let off = site.allocs as f64 - blocks as f64;
                 blocks_off += off;
                 blocks_spread += off * off;

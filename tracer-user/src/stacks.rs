@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
-use tracer_common::event::StackEnd;
+pub use tracer_common::event::StackEnd;
 
 use crate::{
     files::{AddressSpace, Location},
@@ -32,6 +32,17 @@ impl Stack {
             end,
             is_sampled: false,
             was_doubtful: end == StackEnd::Changing,
+        }
+    }
+
+    /// Of places that were recorded.
+    #[must_use]
+    pub const fn recorded(locations: Vec<Location>, end: StackEnd, is_sampled: bool) -> Self {
+        Self {
+            locations,
+            end,
+            is_sampled,
+            was_doubtful: false,
         }
     }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::bail;
+use serde::{Deserialize, Serialize};
 use tracer_common::{alloc_spec::HEAP, instance::HELD, unwind};
 
 use crate::{
@@ -42,7 +43,7 @@ const LEAST_WAIT: Duration = Duration::from_millis(20);
 const MOST_WAIT: Duration = Duration::from_secs(5);
 
 /// How an instance ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
     /// Its last thread exited.
     Exited(Exit),
@@ -73,7 +74,7 @@ pub struct Target {
     /// Whether it is recorded from its first instruction on, by all probes that it hits.
     pub from_start: bool,
     /// How long it had run when it was found.
-    pub ran_before: Duration,
+    ran_before: Duration,
     /// What it has mapped itself, if that is counted.
     pub ranges: Ranges,
     /// Its sites over time.
@@ -218,6 +219,15 @@ impl Target {
         child.has_prefixed = parent.has_prefixed;
         child.looked_at = parent.looked_at;
         child
+    }
+
+    /// How long it had run before anything was recorded of it.
+    #[must_use]
+    pub const fn ran_before(&self) -> Duration {
+        match self.from_start {
+            true => Duration::ZERO,
+            false => self.ran_before,
+        }
     }
 
     /// Looks at what is mapped now. If the process is gone, what was known stays.

@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
 use super::{Interrupted, block_on, raise_file_limit, reading_tables, say};
 use crate::{
-    args::{Attach, Format, ReportOptions, TraceOptions},
+    args::{Attach, ReportFormat, ReportOptions, TraceOptions},
     calibrate::{self, ProbeCost},
     discover::{
         labels::ContainerNames,
@@ -22,9 +22,10 @@ use crate::{
     },
     governor::{Budget, Gear},
     host::Host,
-    preflight,
+    output, preflight,
+    recording::{Created, Recorder},
     report::{
-        self, Report,
+        Report,
         units::{counted, form},
     },
     session::{Depth, Session},
@@ -39,7 +40,8 @@ pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
         let signals = hold_signals()?;
         // First what no process can change.
         Host::read().check()?;
-        report::check_output(&args.report)?;
+        output::check(args.report.output.as_deref())?;
+        let recording = args.trace.record.create()?;
         raise_file_limit();
         let targets = args.all_targets();
         let selection = Selection::new(&Wishes {
@@ -58,9 +60,10 @@ pub fn attach(args: &Attach) -> anyhow::Result<ExitCode> {
             trace: &args.trace,
             waits: args.wait,
         };
-        trace("attach", selection, processes, &plan, signals).await
+        trace("attach", selection, processes, &plan, recording, signals).await
     })?;
     traced.report.give(&args.report, &mut io::stdout())?;
+    traced.recorder.map_or(Ok(()), Recorder::finish)?;
     traced.trouble.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
@@ -134,6 +137,8 @@ pub(super) struct Plan<'a> {
 /// How a session ended.
 pub(super) struct Traced {
     pub(super) report: Report,
+    /// What records it, if that is wanted.
+    recorder: Option<Recorder>,
     /// Why it ended before it was to, if it did: the report is of what was recorded until then.
     pub(super) trouble: Option<anyhow::Error>,
 }
@@ -144,6 +149,7 @@ pub(super) async fn trace(
     selection: Selection,
     processes: Vec<Process>,
     plan: &Plan<'_>,
+    recording: Option<Created>,
     signals: Signals,
 ) -> anyhow::Result<Traced> {
     let mut session = Session::new(command, plan.trace, plan.report, selection)?;
@@ -202,6 +208,9 @@ pub(super) async fn trace(
         session.arm(instance);
     }
     session.restart_clock();
+    if let Some(file) = recording {
+        session.record(file)?;
+    }
     if let Some(budget) = budget(plan.trace) {
         session.keep_budget(budget, &cost);
     }
@@ -214,6 +223,7 @@ pub(super) async fn trace(
     let stopped = session.stop();
     Ok(Traced {
         report: session.report(Depth::Final)?,
+        recorder: session.end_recording(),
         trouble: watched.and(stopped).err(),
     })
 }
@@ -507,7 +517,7 @@ fn tell_end(target: &Target) {
 }
 
 fn table(session: &mut Session, plan: &Plan<'_>) -> anyhow::Result<()> {
-    if plan.report.format != Format::Text {
+    if plan.report.format != ReportFormat::Text {
         return Ok(());
     }
     let report = session.report(Depth::Interim)?;

@@ -18,19 +18,19 @@ use super::{
     block_on, say,
 };
 use crate::{
-    args::{Demo, Format, TraceOptions},
+    args::{Demo, ReportFormat, TraceOptions},
     discover::{process::Process, selection::Selection},
     host::Host,
-    report,
+    output,
 };
 
 /// Starts the server, traces it for some seconds, and explains what was found.
 pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     Host::read().check()?;
-    report::check_output(&args.report)?;
+    output::check(args.report.output.as_deref())?;
     let server = Server::start()?;
     let pid = server.0.id();
-    if args.report.format == Format::Text {
+    if args.report.format == ReportFormat::Text {
         say(format_args!(
             "A small server was started as PID {pid}. It answers some 2,000 requests a second and \
              forgets one session in ten.\nThis is what `unfreed attach {pid} --exact --duration {}` makes \
@@ -52,9 +52,9 @@ pub fn demo(args: &Demo) -> anyhow::Result<ExitCode> {
     let selection = Selection::of_pids(&[pid]);
     let server = vec![Process::look(pid)?];
     let traced =
-        block_on(async { trace("demo", selection, server, &plan, hold_signals()?).await })?;
+        block_on(async { trace("demo", selection, server, &plan, None, hold_signals()?).await })?;
     traced.report.give(&args.report, &mut io::stdout())?;
-    if args.report.format == Format::Text {
+    if args.report.format == ReportFormat::Text {
         say("
 Both sites are the leak: `open_session` in commands/demo.rs allocates a session and its \
              cart, and a

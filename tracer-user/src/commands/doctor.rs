@@ -5,14 +5,12 @@ mod text;
 
 use std::{
     collections::BTreeSet,
-    fs::File,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
 };
 
-use anyhow::Context as _;
 use serde::Serialize;
 
 use crate::{
@@ -26,6 +24,7 @@ use crate::{
     },
     forecast::{Forecast, forecast},
     host::{Host, Problem},
+    output,
     preflight::{self, Danger, Severity},
     terminal::Harmless,
 };
@@ -48,17 +47,12 @@ pub fn doctor(args: &args::Doctor) -> anyhow::Result<ExitCode> {
             .processes
             .iter()
             .all(|process| process.verdict == Verdict::CanBeTraced);
-    let written = match &args.output {
-        Some(path) => File::create(path)
-            .and_then(|mut file| write(&report, args.format, &mut file))
-            .with_context(|| format!("failed to write {}", path.display())),
-        None => match write(&report, args.format, &mut io::stdout().lock()) {
-            // Whoever read it has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            written => written.context("failed to write the answer"),
-        },
-    };
-    written?;
+    output::give(
+        "the answer",
+        args.output.as_deref(),
+        &mut io::stdout(),
+        |to| write(&report, args.format, to),
+    )?;
     // The answer for people says it already.
     let is_told = args.format == Format::Text && args.output.is_none();
     match unreadable {

@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod demo;
 pub mod doctor;
+pub mod report;
 pub mod run;
 pub mod top;
 
@@ -47,6 +48,7 @@ pub fn dispatch(args: &Args) -> ExitCode {
     let (result, failed) = match &args.command {
         Command::Run(args) => (run::run(args), RUN_FAILED),
         Command::Attach(args) => (attach::attach(args), 1),
+        Command::Report(args) => (report::report(args), 1),
         Command::Top(args) => (top::top(args), 1),
         Command::Doctor(args) => (doctor::doctor(args), 1),
         Command::Demo(args) => (demo::demo(args), 1),

@@ -32,7 +32,8 @@ use crate::{
     calibrate,
     discover::{process::Process, selection::Selection},
     governor::Budget,
-    preflight, report,
+    output, preflight,
+    recording::Recorder,
     session::{Depth, Session},
     signals::{Received, Signals},
     target::End,
@@ -40,7 +41,7 @@ use crate::{
 
 /// Runs the program to its end and reports.
 pub fn run(args: &Run) -> anyhow::Result<ExitCode> {
-    report::check_output(&args.report)?;
+    output::check(args.report.output.as_deref())?;
     match block_on(trace(args))? {
         Outcome::NotExecuted(errno) => {
             let name = args.command[0].display();
@@ -73,6 +74,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         Signal::SIGQUIT,
         Signal::SIGCHLD,
     ])?;
+    let recording = args.trace.record.create()?;
     let nobody = Selection::of_pids(&[]);
     let mut session = Session::new("run", &args.trace, &args.report, nobody)?;
     if session.shares_all_probes() {
@@ -113,6 +115,9 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     }
     // What the program was while it was still us is nobody's business.
     held.session.restart_clock();
+    if let Some(file) = recording {
+        held.session.record(file)?;
+    }
     if let Some((budget, cost)) = budget {
         held.session.keep_budget(budget, &cost);
     }
@@ -130,6 +135,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
     session
         .report(Depth::Final)?
         .give(&args.report, &mut io::stderr())?;
+    session.end_recording().map_or(Ok(()), Recorder::finish)?;
     Ok(Outcome::Ended(status))
 }
 

@@ -1,7 +1,6 @@
 //! `unfreed top`: which processes grow.
 
 use std::{
-    fs::File,
     io::{self, IsTerminal as _},
     process::ExitCode,
     time::Duration,
@@ -17,9 +16,9 @@ use tokio::{
 
 use super::{attach, block_on, say};
 use crate::{
-    args::{Args, Command, Format, ReportOptions, Top as Options},
+    args::{Args, Command, Format, Top as Options},
     discover::process::Process,
-    report::check_output,
+    output,
     signals::Signals,
     top::{
         Depth, Plan, Top,
@@ -41,10 +40,7 @@ pub fn top(options: &Options) -> anyhow::Result<ExitCode> {
         geteuid().is_root(),
         "not permitted to look at the memory of other users' processes: run unfreed as root"
     );
-    check_output(&ReportOptions {
-        output: options.output.clone(),
-        ..ReportOptions::default()
-    })?;
+    output::check(options.output.as_deref())?;
     super::raise_file_limit();
     let ending = block_on(watch(options))?;
     if let Some(pid) = ending.attach {
@@ -73,17 +69,12 @@ fn continue_with(pid: u32) -> anyhow::Result<ExitCode> {
 
 /// Writes the last report.
 fn give(report: &TopReport, options: &Options) -> anyhow::Result<()> {
-    let write = |to: &mut dyn io::Write| report.write(options.format, Depth::Final, to);
-    match &options.output {
-        None => match write(&mut io::stdout()) {
-            // The reader has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result.context("failed to write the table"),
-        },
-        Some(path) => File::create(path)
-            .and_then(|mut file| write(&mut file))
-            .with_context(|| format!("failed to write the table to {}", path.display())),
-    }
+    output::give(
+        "the table",
+        options.output.as_deref(),
+        &mut io::stdout(),
+        |to| report.write(options.format, Depth::Final, to),
+    )
 }
 
 /// Where tables go while it goes on.

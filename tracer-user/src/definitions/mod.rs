@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
 use tracer_common::alloc_spec::{self, HEAP};
 
 use crate::discover::allocators::{Alloc, Call};
@@ -36,7 +37,7 @@ pub struct Definitions {
 }
 
 /// Functions that give and take back the same kind of thing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Family {
     /// Its name in reports.
     pub name: String,
@@ -47,7 +48,7 @@ pub struct Family {
 }
 
 /// Where a definition comes from, which decides what it means that there is no such function.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
     /// `--alloc-fn`, `--free-fn`: each has to be there.
     CommandLine,
@@ -289,6 +290,15 @@ impl Definitions {
     #[must_use]
     pub fn family(&self, number: alloc_spec::Family) -> Option<&Family> {
         self.families.get(usize::from(number).checked_sub(1)?)
+    }
+
+    /// Families without functions, in the order of their numbers: of what was recorded.
+    #[must_use]
+    pub fn of_families(families: Vec<Family>) -> Self {
+        Self {
+            families,
+            ..Self::default()
+        }
     }
 
     /// Every family with its number, but for the allocators' own.

@@ -1,9 +1,10 @@
 //! Definitions that come with unfreed.
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 /// Definitions of a library's functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 pub enum Preset {
     /// CUDA's device and pinned memory, streams and events
     Cuda,

@@ -50,7 +50,7 @@ pub struct Search {
 }
 
 /// A file's allocator functions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Module {
     /// GNU build ID in hexadecimal, if it has one.
     pub build_id: Option<String>,
@@ -270,7 +270,9 @@ pub fn function_names(path: &Path) -> anyhow::Result<Vec<String>> {
         .collect())
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as a build ID is written.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -8,6 +8,7 @@ use nix::{
     unistd::geteuid,
 };
 use procfs::process::{Process as ProcProcess, Stat};
+use serde::{Deserialize, Serialize};
 
 use super::{
     labels::Labels,
@@ -16,7 +17,7 @@ use super::{
 use crate::terminal::harmless;
 
 /// A process that exists and has memory of its own.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Process {
     /// Its PID in our PID namespace.
     pub pid: u32,

@@ -28,11 +28,10 @@ pub struct LeakRate {
     pub watched_s: f64,
     /// Why the intervals are as wide as they are, and what may be wrong with them.
     pub doubts: Vec<Doubt>,
-    #[serde(skip)]
-    allocs_per_s: Interval,
-    /// See [`Estimate`].
-    #[serde(skip)]
-    evidence: f64,
+    /// Blocks allocated a second.
+    pub allocs_per_s: Interval,
+    /// See [`Estimate`]; null if there is none. Sites whose interval begins at 0 are ranked by it.
+    pub evidence: Option<f64>,
 }
 
 impl From<&Estimate> for LeakRate {
@@ -46,7 +45,7 @@ impl From<&Estimate> for LeakRate {
             watched_s: estimate.watched_s,
             doubts: estimate.doubts.clone(),
             allocs_per_s: estimate.allocs_per_s,
-            evidence: estimate.evidence,
+            evidence: Some(estimate.evidence).filter(|evidence| evidence.is_finite()),
         }
     }
 }
@@ -91,8 +90,8 @@ impl LeakRate {
 
     /// Its place among others.
     #[must_use]
-    pub const fn rank(&self) -> Rank {
-        Rank::new(self.bytes_per_s, self.evidence)
+    pub fn rank(&self) -> Rank {
+        Rank::new(self.bytes_per_s, self.evidence.unwrap_or(f64::NEG_INFINITY))
     }
 
     /// Adds that of another site, which leaks by itself.
@@ -109,7 +108,10 @@ impl LeakRate {
         self.outlived += other.outlived;
         self.unresolved += other.unresolved;
         self.watched_s = self.watched_s.max(other.watched_s);
-        self.evidence = self.evidence.max(other.evidence);
+        self.evidence = match (self.evidence, other.evidence) {
+            (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        };
         for doubt in &other.doubts {
             if !self.doubts.contains(doubt) {
                 self.doubts.push(*doubt);

@@ -3,6 +3,7 @@
 //! Every form is a pure function of [`Report`]. The value's serialization is the JSON report, whose
 //! fields are stable: other programs read them. Fields of parts that do not exist yet are absent.
 
+mod folded;
 mod leak_rate;
 mod programs;
 pub(crate) mod stack;
@@ -13,20 +14,20 @@ use std::{
     borrow::Cow,
     cmp::Ordering,
     collections::BTreeMap,
-    fs::File,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
-use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 pub use leak_rate::LeakRate;
 pub use programs::{ProgramReport, programs};
+use units::duration;
 
 use crate::{
-    args::{Format, ReportOptions},
+    args::{ReportFormat, ReportOptions},
     discover::labels::Labels,
+    output,
     own_use::OwnUse,
     sampling::Margins,
     session::{BudgetReport, WindowsReport},
@@ -55,6 +56,9 @@ pub struct Report {
     /// one in 16 or fewer, where they had too many blocks; `windows`: for a part of the time
     /// ([`Report::windows`], [`BudgetReport::changes`]).
     pub mode: Cow<'static, str>,
+    /// Of what part of the session it is, if not of all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<RangeReport>,
     /// What was left out on the user's wish.
     pub filters: Filters,
     /// How the budget of overhead was kept, if there was one.
@@ -90,6 +94,24 @@ pub struct Report {
     /// The sums of those before, one a program.
     #[serde(skip)]
     pub sums: Vec<ProcessReport>,
+}
+
+/// A part of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RangeReport {
+    /// Its begin, in seconds since tracing began.
+    pub from_s: f64,
+    /// Its end.
+    pub to_s: f64,
+}
+
+impl RangeReport {
+    /// In words.
+    #[must_use]
+    pub(crate) fn description(&self) -> String {
+        let [from, to] = [self.from_s, self.to_s].map(duration);
+        format!("from {from} to {to}")
+    }
 }
 
 /// A file whose probes were for all processes of the host that have it mapped.
@@ -470,36 +492,25 @@ pub struct Frame {
 
 impl Report {
     /// Everything that was traced: processes, and sums of some that have ended.
-    fn everything(&self) -> impl Iterator<Item = &ProcessReport> {
+    pub(crate) fn everything(&self) -> impl Iterator<Item = &ProcessReport> {
         self.processes.iter().chain(&self.sums)
     }
 
     /// Writes the report where and how the options say; to `otherwise` without `-o`.
     pub fn give(&self, options: &ReportOptions, otherwise: &mut dyn Write) -> anyhow::Result<()> {
-        match &options.output {
-            None => match self.write(options, otherwise) {
-                // The reader has seen enough.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-                result => result.context("failed to write the report"),
+        output::give(
+            "the report",
+            options.output.as_deref(),
+            otherwise,
+            |to| match options.format {
+                ReportFormat::Text => text::write(self, options.limit, &mut Harmless(to)),
+                ReportFormat::Folded => folded::write(self, &mut Harmless(to)),
+                ReportFormat::Json => {
+                    serde_json::to_writer_pretty(&mut *to, self)?;
+                    writeln!(to)
+                }
             },
-            Some(path) => {
-                let context = || format!("failed to write the report to {}", path.display());
-                let mut file = create(path).with_context(context)?;
-                self.write(options, &mut file).with_context(context)
-            }
-        }
-    }
-
-    fn write(&self, options: &ReportOptions, to: &mut dyn Write) -> io::Result<()> {
-        let mut to = io::BufWriter::new(to);
-        match options.format {
-            Format::Text => text::write(self, options.limit, &mut Harmless(&mut to))?,
-            Format::Json => {
-                serde_json::to_writer_pretty(&mut to, self)?;
-                writeln!(to)?;
-            }
-        }
-        to.flush()
+        )
     }
 
     /// One table of the sites that hold most now, for a session that goes on.
@@ -508,34 +519,12 @@ impl Report {
     }
 }
 
-/// Opens the output before a session begins: a path that cannot be written is an error at once, not
-/// after an hour.
-pub fn check_output(options: &ReportOptions) -> anyhow::Result<()> {
-    if let Some(path) = &options.output {
-        let existed = path.exists();
-        File::options()
-            .append(true)
-            .create(true)
-            .open(path)
-            .with_context(|| format!("failed to open {} for the report", path.display()))?;
-        if !existed {
-            // It comes with the report; a failed start leaves nothing behind.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-    Ok(())
-}
-
-fn create(path: &Path) -> io::Result<File> {
-    File::create(path)
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::verdict::Growth;
 
-    fn report() -> Report {
+    pub(crate) fn report() -> Report {
         let mut site = SiteReport {
             id: "0123456789abcdef".to_owned(),
             allocs: 10,
@@ -565,6 +554,7 @@ mod tests {
             started: "2026-11-23T00:00:00Z".to_owned(),
             duration_s: 1.5,
             mode: "exact".into(),
+            range: None,
             filters: Filters::default(),
             budget: Some(BudgetReport::default()),
             windows: Some(WindowsReport::default()),

@@ -111,6 +111,9 @@ impl Session {
             target.ranges.add_ages(&mut ages, end_ns, minimum_age_ns);
             let sites = sites.get(instance).map_or(&[][..], Vec::as_slice);
             let account = self.account(&target, sites, &ages, end_ns);
+            if let Some(recorder) = &mut self.recorder {
+                recorder.ended(target.number);
+            }
             self.past.add(target.number, account);
             target.forget_code(&mut self.tracer);
         }

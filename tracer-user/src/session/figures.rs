@@ -11,10 +11,11 @@ use tracer_common::{
 use super::{BudgetReport, Session};
 use crate::{
     account::{Account, Ages, Figures},
+    assembly::assemble,
     bpf::tracer::monotonic_ns,
     history::Work,
-    past::Past,
-    report::{Filters, HostFacts, ProcessReport, Report, SCHEMA, programs},
+    recording::{Seen, Step},
+    report::{Filters, HostFacts, Report, SCHEMA},
     target::Target,
 };
 
@@ -99,7 +100,7 @@ impl Session {
             stacks: &self.stacks,
             ages,
             now_ns: target.end_ns.unwrap_or(now_ns),
-            sees_vfork: target.shares_probes() || self.tracer.attacher().sees_vfork(),
+            sees_vfork: self.sees_vfork(target.instance),
             definitions: &self.definitions,
             judging: &self.judging,
         };
@@ -109,30 +110,43 @@ impl Session {
     /// Looks at the sites of these instances, for what they count over time.
     pub(super) fn look_at(&mut self, of: impl Fn(u32) -> bool) {
         // What is freed in between is not seen.
-        if !self.traces_all_the_time() {
+        let is_continuous = self.traces_all_the_time();
+        if !is_continuous && self.recorder.is_none() {
             return;
         }
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         let since_ns = self.tracer.recording().since_ns;
         let was_windowed = self.windows_report().is_some();
-        let (ages, leaks) = (HashMap::new(), HashMap::new());
-        for (instance, sites) in self.sites(&of) {
+        let ages = HashMap::new();
+        let by_instance = self.sites(&of);
+        let instances = self
+            .targets
+            .keys()
+            .copied()
+            .filter(|instance| of(*instance));
+        for instance in instances.collect::<Vec<_>>() {
+            let sites = by_instance.get(&instance).map_or(&[][..], Vec::as_slice);
+            let state = self.tracer.instance(instance);
+            if state.armed_at_ns == 0 || (sites.is_empty() && self.recorder.is_none()) {
+                continue;
+            }
+            let leaks = match self.recorder {
+                Some(_) => self.leaks(instance),
+                None => HashMap::new(),
+            };
+            let sees_vfork = self.sees_vfork(instance);
             let Some(target) = self.targets.get_mut(&instance) else {
                 continue;
             };
-            let state = self.tracer.instance(instance);
-            if state.armed_at_ns == 0 {
-                continue;
-            }
             let figures = Figures {
                 state: &state,
-                sites: &sites,
+                sites,
                 leaks: &leaks,
                 was_windowed,
                 stacks: &self.stacks,
                 ages: &ages,
-                now_ns,
-                sees_vfork: false,
+                now_ns: target.end_ns.unwrap_or(now_ns),
+                sees_vfork,
                 definitions: &self.definitions,
                 judging: &self.judging,
             };
@@ -141,17 +155,40 @@ impl Session {
                 allocs: tallies.values().map(|tally| tally.allocs).sum(),
                 untracked_frees: state.untracked_frees,
             };
+            let at_ns = figures.now_ns.saturating_sub(state.armed_at_ns);
             let since_ns = since_ns.saturating_sub(state.armed_at_ns);
-            if target.history.since_ns() != since_ns {
-                target.history.restart(since_ns, tallies);
-                continue;
+            let step = match () {
+                () if !is_continuous => Step::Unseen,
+                () if target.history.since_ns() != since_ns => {
+                    target.history.restart(since_ns, tallies.clone());
+                    Step::Restarted
+                }
+                () => Step::Looked(target.history.look(at_ns, work, &tallies)),
+            };
+            if let Some(recorder) = &mut self.recorder {
+                recorder.take(&Seen {
+                    number: target.number,
+                    account: &Account::facts(target, &figures),
+                    armed_ns: state.armed_at_ns.saturating_sub(self.started_ns),
+                    ran_before: target.ran_before(),
+                    since_ns,
+                    at_ns,
+                    work,
+                    step: &step,
+                    tallies: &tallies,
+                    places: &figures.places(),
+                });
             }
-            let at_ns = target
-                .end_ns
-                .unwrap_or(now_ns)
-                .saturating_sub(state.armed_at_ns);
-            target.history.look(at_ns, work, &tallies);
         }
+    }
+
+    /// Whether calls are seen of children that borrow the memory of an instance.
+    fn sees_vfork(&self, instance: u32) -> bool {
+        self.tracer.attacher().sees_vfork()
+            || self
+                .targets
+                .get(&instance)
+                .is_some_and(Target::shares_probes)
     }
 
     /// What was found. One of several is of what runs now, and has the ages of blocks only if a filter asks
@@ -176,24 +213,18 @@ impl Session {
                 (target.number, self.account(target, sites, &ages, now_ns))
             })
             .collect();
-        let past = is_final.then_some(&self.past);
-        let latest = past.into_iter().flat_map(Past::latest);
-        let mut all: Vec<&(u64, Account)> = running.iter().chain(latest).collect();
-        all.sort_by_key(|(number, _)| *number);
-        let mut untracked_frees = 0;
-        let mut account_report = |account: &Account| {
-            untracked_frees += account.untracked_frees;
-            account.report(&self.definitions, older, &mut self.names)
-        };
-        let processes: Vec<ProcessReport> = all
-            .iter()
-            .map(|(_, account)| account_report(account))
-            .collect();
-        let earlier: Vec<(ProcessReport, usize)> = past
-            .into_iter()
-            .flat_map(Past::earlier)
-            .map(|sum| (account_report(&sum.account), sum.instances))
-            .collect();
+        Ok(assemble(
+            self.overview(now_ns)?,
+            &running,
+            is_final.then_some(&self.past),
+            &self.definitions,
+            older,
+            &mut self.names,
+        ))
+    }
+
+    /// The report without processes.
+    pub(super) fn overview(&mut self, now_ns: u64) -> anyhow::Result<Report> {
         let missed_events: BTreeMap<_, _> = self
             .tracer
             .missed()?
@@ -204,17 +235,11 @@ impl Session {
             })
             .collect();
         let windows = self.windows_report();
-        let is_sampled = self.sampled_bytes.is_some()
-            || processes
-                .iter()
-                .chain(earlier.iter().map(|(process, _)| process))
-                .any(|process| process.sampled_out > 0);
         let budget = self.budget_report();
         let was_paused = budget.as_ref().is_some_and(BudgetReport::was_paused);
-        let mode = match () {
-            () if windows.is_some() || was_paused => "windows",
-            () if is_sampled => "sampled",
-            () => "exact",
+        let mode = match windows.is_some() || was_paused {
+            true => "windows",
+            false => "exact",
         };
         Ok(Report {
             schema: SCHEMA.into(),
@@ -223,6 +248,7 @@ impl Session {
             started: humantime::format_rfc3339_millis(self.started).to_string(),
             duration_s: (now_ns.saturating_sub(self.started_ns)) as f64 / 1e9,
             mode: mode.into(),
+            range: None,
             filters: Filters {
                 sample_bytes: self.sampled_bytes,
                 ..self.filters.clone()
@@ -237,12 +263,12 @@ impl Session {
             missed_events,
             unwind: self.library.figures(self.tracer.unwind()),
             stack_check: self.stack_check.clone(),
-            untracked_frees,
+            untracked_frees: 0,
             shared_probes: self.shared_probes.clone(),
-            processes_summed_up: earlier.iter().map(|(_, count)| *count as u64).sum(),
-            programs: programs(&processes, &earlier),
-            processes,
-            sums: earlier.into_iter().map(|(sum, _)| sum).collect(),
+            processes_summed_up: 0,
+            programs: Vec::new(),
+            processes: Vec::new(),
+            sums: Vec::new(),
         })
     }
 }

@@ -57,6 +57,7 @@ impl Session {
             self.look_at(|_| true);
             self.looks.next(now);
         }
+        self.keep_recording();
         Ok(())
     }
 }

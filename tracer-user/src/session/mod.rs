@@ -10,6 +10,7 @@ mod looks;
 mod meters;
 mod missing;
 mod pace;
+mod recorded;
 mod regime;
 
 use std::{
@@ -53,6 +54,7 @@ use crate::{
     host::Host,
     own_use::OwnUse,
     past::Past,
+    recording::Recorder,
     report::{Filters, SharedFile},
     stacks::{Stack, StackCheck},
     symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
@@ -118,6 +120,7 @@ pub struct Session {
     own_use: OwnUse,
     looks: Looks,
     judging: Judging,
+    recorder: Option<Recorder>,
 }
 
 impl Session {
@@ -203,7 +206,7 @@ impl Session {
             filters: Filters {
                 min_size_bytes: (trace.min_size > 0).then_some(trace.min_size),
                 max_size_bytes: (trace.max_size < u64::MAX).then_some(trace.max_size),
-                older_ms: report.older,
+                older_ms: trace.older,
                 object: trace.object.as_ref().map(|path| path.display().to_string()),
                 symbol_prefix: trace.symbol_prefix.clone(),
                 no_heap: trace.no_heap,
@@ -229,6 +232,7 @@ impl Session {
                 warmup_ns: report.warmup.map(|warmup| warmup.as_nanos() as u64),
             },
             sampled_bytes: trace.sample_bytes,
+            recorder: None,
         })
     }
 

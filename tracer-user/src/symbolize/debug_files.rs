@@ -20,6 +20,7 @@ use object::{
 
 use crate::discover::{
     bounded::BoundedFile,
+    module::hex,
     root::{Links, Root},
 };
 
@@ -112,6 +113,12 @@ fn plain_name(name: &[u8]) -> Option<&OsStr> {
     is_plain.then(|| OsStr::from_bytes(name))
 }
 
+/// GNU build ID of a program, library or debug file, in hexadecimal.
+#[must_use]
+pub fn build_id(file: &File) -> Option<String> {
+    Clues::read(file)?.build_id.as_deref().map(hex)
+}
+
 impl DebugFileSearch {
     /// Looks in these directories on the host first.
     #[must_use]
@@ -200,6 +207,25 @@ impl DebugFileSearch {
         candidates
     }
 
+    /// The debug file of a file that is not here, by its build ID in hexadecimal.
+    #[must_use]
+    pub fn of_build_id(&self, id: &str) -> Option<DebugFile> {
+        let digits = id.as_bytes().chunks(2);
+        let digits =
+            digits.map(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        let id = digits
+            .collect::<Option<Vec<u8>>>()
+            .filter(|id| id.len() >= 2)?;
+        let host = self.host.as_ref()?;
+        let mut directories = self
+            .directories
+            .iter()
+            .map(PathBuf::as_path)
+            .chain([Path::new(SYSTEM_DIRECTORY)]);
+        directories
+            .find_map(|directory| self.with_build_id(host, &by_build_id(directory, &id), &id))
+    }
+
     fn with_build_id(&self, root: &Root, path: &Path, id: &[u8]) -> Option<DebugFile> {
         let handle = root.open(path, Links::Follow).ok()?;
         let clues = Clues::read(&handle)?;
@@ -236,7 +262,7 @@ impl DebugFileSearch {
 
 /// `DIRECTORY/.build-id/ab/cdef….debug`.
 fn by_build_id(directory: &Path, id: &[u8]) -> PathBuf {
-    let digits: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let digits = hex(id);
     let (first, rest) = digits.split_at(2);
     directory.join(format!(".build-id/{first}/{rest}.debug"))
 }

@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     debug_files::DebugFile,
-    symbols::{Depth, Function, Symbols},
+    symbols::{Depth, Function, Segment, Symbols},
 };
 
 /// The verb that starts it.
@@ -63,6 +63,7 @@ struct Request {
 #[derive(Debug, Serialize, Deserialize)]
 struct Opened {
     depth: Depth,
+    code: Option<Vec<Segment>>,
     debug_files: Vec<OpenedDebugFile>,
 }
 
@@ -88,6 +89,8 @@ pub struct Module<'a> {
     pub number: u32,
     /// The file.
     pub program: &'a File,
+    /// Where its code is, if the file only describes it.
+    pub code: Option<&'a [Segment]>,
     /// What describes it.
     pub debug_files: &'a [DebugFile],
     /// How much of it to read.
@@ -157,6 +160,7 @@ impl Helper {
             }
             Some(Opened {
                 depth: module.depth,
+                code: module.code.map(<[_]>::to_vec),
                 debug_files,
             })
         };
@@ -366,7 +370,7 @@ fn load(opened: &Opened, files: Vec<OwnedFd>) -> anyhow::Result<(Symbols, Vec<St
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
-    Symbols::load(&program, &debug_files, opened.depth)
+    Symbols::load(&program, opened.code.as_deref(), &debug_files, opened.depth)
 }
 
 #[cfg(test)]
@@ -412,6 +416,7 @@ mod tests {
             let module = Module {
                 number,
                 program: &program,
+                code: None,
                 debug_files: &[],
                 depth,
             };
@@ -445,6 +450,7 @@ mod tests {
             let module = Module {
                 number: number as u32,
                 program: &program,
+                code: None,
                 debug_files: &[],
                 depth: Depth::Tables,
             };
@@ -466,6 +472,7 @@ mod tests {
         let module = Module {
             number: 0,
             program: &program,
+            code: None,
             debug_files: &[],
             depth: Depth::Full,
         };

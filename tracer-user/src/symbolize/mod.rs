@@ -45,6 +45,8 @@ pub struct Names {
     modules: HashMap<u64, Known>,
     /// By the numbers of files and offsets in them.
     known: HashMap<(u64, u64), Rc<[Frame]>>,
+    /// What was known of them when they were recorded, likewise.
+    recorded: HashMap<(u64, u64), Rc<[Frame]>>,
 }
 
 /// A module that was asked about.
@@ -65,7 +67,35 @@ impl Names {
             limit: FIRST_LIMIT,
             modules: HashMap::new(),
             known: HashMap::new(),
+            recorded: HashMap::new(),
         }
+    }
+
+    /// Notes what was known of a place in a file when it was recorded. It is looked up nevertheless if no line was known.
+    pub fn remember(&mut self, file: u64, offset: u64, frames: Vec<Frame>) {
+        let has_lines = frames.iter().any(|frame| frame.line.is_some());
+        let wrappers = &self.wrappers;
+        let frames = frames.into_iter().map(|frame| Frame {
+            wrapper: frame
+                .function
+                .as_ref()
+                .is_some_and(|function| wrappers.contains(function)),
+            own: false,
+            ..frame
+        });
+        let to = if has_lines {
+            &mut self.known
+        } else {
+            &mut self.recorded
+        };
+        to.insert((file, offset), frames.collect());
+    }
+
+    /// The functions at a place in a file, if it was looked up and has any.
+    #[must_use]
+    pub fn known(&self, file: u64, offset: u64) -> Option<&[Frame]> {
+        let frames = self.known.get(&(file, offset))?;
+        frames[0].function.is_some().then_some(frames)
     }
 
     /// Forgets the places of all files but these, by their numbers.
@@ -148,7 +178,11 @@ impl Names {
                 let mut answers = self.ask(file, offsets).into_iter();
                 for offset in offsets {
                     let functions = answers.next().unwrap_or_default();
-                    let frames = self.made_of(functions, &nameless(file, *offset));
+                    let recorded = self.recorded.get(&(file.number, *offset));
+                    let frames = match recorded.filter(|_| functions.is_empty()) {
+                        Some(recorded) => Rc::clone(recorded),
+                        None => self.made_of(functions, &nameless(file, *offset)),
+                    };
                     self.known.insert((file.number, *offset), frames);
                 }
             }
@@ -195,6 +229,7 @@ impl Names {
             let module = Module {
                 number: known.number,
                 program,
+                code: file.code.as_deref(),
                 debug_files: &file.debug_files,
                 depth,
             };

@@ -16,11 +16,15 @@ use object::{
     Endianness, Object as _, ObjectSection as _, ObjectSegment as _, ObjectSymbol as _,
     SegmentFlags,
     elf::{PF_X, STB_GLOBAL, STB_LOCAL, STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE},
-    read::elf::{ElfFile64, ElfSymbol64},
+    read::{
+        ReadRef,
+        elf::{ElfFile64, ElfSymbol64},
+    },
 };
 use serde::{Deserialize, Serialize};
 
 use super::{debug_files, debug_files::DebugFile, demangle::demangle};
+use crate::discover::bounded::BoundedFile;
 
 type Elf = ElfFile64<'static, Endianness, &'static [u8]>;
 type Slice = EndianSlice<'static, RunTimeEndian>;
@@ -65,12 +69,25 @@ pub struct Function {
     pub inlined: bool,
 }
 
-/// A piece of code in the file.
-#[derive(Clone, Copy, Debug)]
-struct Segment {
-    file_offset: u64,
-    address: u64,
-    length: u64,
+/// A piece of code in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Where it is in the file.
+    pub file_offset: u64,
+    /// Its address in the file's own terms.
+    pub address: u64,
+    /// In bytes.
+    pub length: u64,
+}
+
+impl Segment {
+    /// Those of a file; none if it is no program or library.
+    #[must_use]
+    pub fn of(file: &File) -> Option<Vec<Self>> {
+        let file = BoundedFile::new(file.try_clone().ok()?);
+        let elf = ElfFile64::parse(&file).ok()?;
+        Some(segments(&elf))
+    }
 }
 
 /// A function of a symbol table.
@@ -93,17 +110,18 @@ pub struct Symbols {
 }
 
 impl Symbols {
-    /// Reads a module and its debug file, the first of these that is the right one. Also gives, in
-    /// words, what was there and could not be read.
+    /// Reads a module and its debug file, the first of these that is the right one. `code` is where its code is, if
+    /// the file only describes it. Also gives, in words, what was there and could not be read.
     ///
     /// The files are mapped: if somebody cuts one short, the process ends by a signal.
     pub fn load(
         program: &File,
+        code: Option<&[Segment]>,
         debug_files: &[DebugFile],
         depth: Depth,
     ) -> anyhow::Result<(Self, Vec<String>)> {
         let program = parse(map(program)?)?;
-        let segments = segments(&program);
+        let segments = code.map_or_else(|| segments(&program), <[_]>::to_vec);
         let mut troubles = Vec::new();
         let debug = debug_files.iter().find_map(|file| {
             open_debug_file(file)
@@ -233,7 +251,7 @@ fn parse(bytes: &'static [u8]) -> anyhow::Result<Elf> {
     Ok(elf)
 }
 
-fn segments(elf: &Elf) -> Vec<Segment> {
+fn segments<'data, R: ReadRef<'data>>(elf: &ElfFile64<'data, Endianness, R>) -> Vec<Segment> {
     let executable =
         |flags| matches!(flags, SegmentFlags::Elf { p_flags, .. } if p_flags & PF_X == PF_X);
     elf.segments()

@@ -271,7 +271,7 @@ fn grows(
     }
     let unseen = shape::untracked_frees(case);
     // Who has just been started can have few.
-    let has_old = case.ran_before_ns + case.begin_ns > case.now_ns - case.begin_ns;
+    let has_old = case.ran_before_ns.saturating_add(case.begin_ns) > case.now_ns - case.begin_ns;
     if has_old && unseen >= growing.recent_blocks.max(1.0) {
         return insufficient(format!(
             "{allocated}; meanwhile {} of blocks from before the attach: what grows here may replace them",

@@ -23,6 +23,13 @@ use crate::{governor::Gear, sampling::Margins, terminal::harmless};
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
     /// Programs and processes that are shown.
     const MOST: usize = 10;
+    if let Some(range) = report.range {
+        writeln!(
+            to,
+            "Of the session, {}: by how much more was counted then.\n",
+            range.description()
+        )?;
+    }
     let mut subjects = subjects(report);
     let mut idle = Vec::new();
     if subjects.len() > 1 {

@@ -1,0 +1,365 @@
+//! The file, written on a thread of its own: a disk can take seconds, and events do not wait.
+
+use std::{
+    fs::OpenOptions,
+    io,
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::{self, JoinHandle},
+};
+
+use anyhow::{Context as _, anyhow, bail, ensure};
+use rusqlite::{Connection, Transaction, params};
+
+use super::{APPLICATION_ID, TABLES, VERSION, rows::Batch};
+
+/// What a file takes, unless the user says something else.
+pub const DEFAULT_MOST_BYTES: u64 = 1 << 30;
+
+/// A file that was made, and holds nothing yet.
+#[derive(Debug)]
+pub struct Created {
+    path: PathBuf,
+    /// Until it is written to.
+    db: Option<Connection>,
+    most_bytes: u64,
+}
+
+impl Created {
+    /// Makes a new file, of at most about so many bytes. One that is there already is not touched.
+    pub fn new(path: &Path, most_bytes: u64) -> anyhow::Result<Self> {
+        let shown = path.display();
+        let made = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            // It tells what processes of other users do.
+            .mode(0o600)
+            .open(path);
+        match made {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                bail!("{shown} is there already: give -r the name of a new file, or remove it")
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("failed to make {shown} to record to"));
+            }
+        }
+        let set_up = || -> rusqlite::Result<Connection> {
+            let db = Connection::open(path)?;
+            db.pragma_update(None, "journal_mode", "WAL")?;
+            db.pragma_update(None, "synchronous", "FULL")?;
+            // In KiB, if negative.
+            db.pragma_update(None, "cache_size", -8192)?;
+            db.execute_batch(TABLES)?;
+            db.pragma_update(None, "application_id", APPLICATION_ID)?;
+            db.pragma_update(None, "user_version", VERSION)?;
+            Ok(db)
+        };
+        Ok(Self {
+            db: Some(set_up().with_context(|| format!("failed to write {shown}"))?),
+            path: path.to_owned(),
+            most_bytes,
+        })
+    }
+}
+
+impl Drop for Created {
+    /// Nothing was to be recorded.
+    fn drop(&mut self) {
+        if let Some(db) = self.db.take() {
+            drop(db);
+            // Nobody misses it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// What both sides know.
+#[derive(Debug, Default)]
+struct State {
+    /// Batches that are not yet written.
+    waiting: AtomicUsize,
+    /// Whether there is no room for anything new.
+    is_full: AtomicBool,
+}
+
+/// The thread, from outside.
+#[derive(Debug)]
+pub(super) struct Writer {
+    path: PathBuf,
+    /// None once there is nobody to write any more.
+    to: Option<Sender<Batch>>,
+    thread: Option<JoinHandle<anyhow::Result<()>>>,
+    state: Arc<State>,
+    trouble: Option<anyhow::Error>,
+}
+
+impl Writer {
+    pub(super) fn start(mut created: Created) -> anyhow::Result<Self> {
+        let db = created.db.take().context("the recording was begun twice")?;
+        let (path, most_bytes) = (created.path.clone(), created.most_bytes);
+        let (to, from) = channel();
+        let state = Arc::new(State::default());
+        let file = File {
+            db,
+            most_bytes,
+            state: Arc::clone(&state),
+        };
+        let thread = thread::Builder::new()
+            .name("recorder".to_owned())
+            .spawn(move || file.write_all(&from))
+            .context("failed to start the thread that records")?;
+        Ok(Self {
+            path,
+            to: Some(to),
+            thread: Some(thread),
+            state,
+            trouble: None,
+        })
+    }
+
+    /// Whether there is no room for anything new.
+    pub(super) fn is_full(&self) -> bool {
+        self.state.is_full.load(Ordering::Relaxed)
+    }
+
+    /// Batches that are not yet written.
+    pub(super) fn waiting(&self) -> usize {
+        self.state.waiting.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn send(&mut self, batch: Batch) {
+        let Some(to) = &self.to else { return };
+        self.state.waiting.fetch_add(1, Ordering::Relaxed);
+        if to.send(batch).is_err() {
+            // The thread has ended, and says why.
+            self.to = None;
+            self.trouble = self.join().err();
+        }
+    }
+
+    /// The disk does not keep up.
+    pub(super) fn give_up(&mut self) {
+        if self.to.take().is_some() {
+            self.trouble = Some(anyhow!("the disk is too slow"));
+        }
+    }
+
+    /// Why nothing is written any more, if so; told once.
+    pub(super) fn trouble(&mut self) -> Option<anyhow::Error> {
+        let trouble = self.trouble.take()?;
+        Some(trouble.context(format!("the recording {} ends here", self.path.display())))
+    }
+
+    fn join(&mut self) -> anyhow::Result<()> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(anyhow!("the thread that records ended")),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn finish(mut self) -> anyhow::Result<()> {
+        let shown = self.path.display().to_string();
+        ensure!(
+            self.to.take().is_some(),
+            "the recording {shown} holds only what it held when it ended, as was said"
+        );
+        self.join()
+            .with_context(|| format!("failed to write {shown}"))
+    }
+}
+
+/// The file, on its thread.
+struct File {
+    db: Connection,
+    most_bytes: u64,
+    state: Arc<State>,
+}
+
+impl File {
+    fn write_all(mut self, from: &Receiver<Batch>) -> anyhow::Result<()> {
+        while let Ok(batch) = from.recv() {
+            let transaction = self.db.transaction()?;
+            write(&transaction, &batch)?;
+            transaction.commit()?;
+            if !self.state.is_full.load(Ordering::Relaxed) && self.bytes()? > self.most_bytes {
+                self.make_room()?;
+            }
+            self.state.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        // One file that can be copied, and read where nothing can be written.
+        self.db.pragma_update(None, "journal_mode", "DELETE")?;
+        self.db.close().map_err(|(_, error)| error)?;
+        Ok(())
+    }
+
+    /// What the file's content takes.
+    fn bytes(&self) -> rusqlite::Result<u64> {
+        let pragma = |name| {
+            self.db
+                .pragma_query_value(None, name, |row| row.get::<_, u32>(0))
+        };
+        let pages = u64::from(pragma("page_count")? - pragma("freelist_count")?);
+        Ok(pages * u64::from(pragma("page_size")?))
+    }
+
+    /// Lets every other look of each site go, but for its first and its last. If that is not much, the file is full.
+    fn make_room(&mut self) -> anyhow::Result<()> {
+        let transaction = self.db.transaction()?;
+        for (table, of) in [("look", "process, site"), ("work", "process")] {
+            transaction.execute(
+                &format!(
+                    "DELETE FROM {table} WHERE ({of}, at_ns) IN (
+                        SELECT {of}, at_ns FROM (
+                            SELECT {of}, at_ns,
+                                row_number() OVER (PARTITION BY {of} ORDER BY at_ns) AS place,
+                                count() OVER (PARTITION BY {of}) AS places
+                            FROM {table})
+                        WHERE place % 2 = 0 AND place < places)"
+                ),
+                [],
+            )?;
+        }
+        transaction.commit()?;
+        if self.bytes()? > self.most_bytes / 4 * 3 {
+            self.state.is_full.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+fn write(to: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
+    if let Some(row) = &batch.session {
+        to.prepare_cached("INSERT OR REPLACE INTO session VALUES (1, ?, ?, ?, ?)")?
+            .execute(params![
+                row.report,
+                row.families,
+                row.warmup_ns.map(signed),
+                signed(row.left_out)
+            ])?;
+    }
+    for row in &batch.processes {
+        to.prepare_cached(
+            "INSERT INTO process VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (number) DO UPDATE
+             SET account = ?2, ran_before_ns = ?4, since_ns = ?5, last_ns = ?6",
+        )?
+        .execute(params![
+            signed(row.number),
+            row.account,
+            signed(row.armed_ns),
+            signed(row.ran_before_ns),
+            signed(row.since_ns),
+            signed(row.last_ns)
+        ])?;
+    }
+    for row in &batch.modules {
+        to.prepare_cached("INSERT INTO module VALUES (?, ?, ?, ?, ?)")?
+            .execute(params![
+                row.id,
+                row.path,
+                row.path_inside,
+                row.build_id,
+                row.code
+            ])?;
+    }
+    for row in &batch.places {
+        to.prepare_cached("INSERT INTO place VALUES (?, ?, ?, ?, ?, NULL)")?
+            .execute(params![
+                row.id,
+                row.module,
+                signed(row.offset),
+                row.region,
+                row.function
+            ])?;
+    }
+    for row in &batch.stacks {
+        to.prepare_cached("INSERT INTO stack VALUES (?, ?, ?, ?)")?
+            .execute(params![row.id, row.places, row.ending, row.is_sampled])?;
+    }
+    for row in &batch.sites {
+        to.prepare_cached("INSERT INTO site (id, process, hash, family) VALUES (?, ?, ?, ?)")?
+            .execute(params![row.id, signed(row.process), row.hash, row.family])?;
+    }
+    for (site, stack) in &batch.stacks_of_sites {
+        to.prepare_cached("UPDATE site SET stack = ? WHERE id = ?")?
+            .execute(params![stack, site])?;
+    }
+    for (site, leak) in &batch.leaks {
+        to.prepare_cached("UPDATE site SET leak = ? WHERE id = ?")?
+            .execute(params![leak, site])?;
+    }
+    for (site, counted) in &batch.counted {
+        to.prepare_cached("UPDATE site SET counted = ? WHERE id = ?")?
+            .execute(params![counted, site])?;
+    }
+    for change in &batch.looks {
+        let row = &change.new;
+        let whose = [signed(row.process), row.site];
+        if let Some((at_ns, until_ns)) = change.before.held {
+            to.prepare_cached(
+                "UPDATE look SET until_ns = ? WHERE process = ? AND at_ns = ? AND site = ?",
+            )?
+            .execute(params![signed(until_ns), whose[0], signed(at_ns), whose[1]])?;
+        }
+        remove_looks(to, whose, &change.before.gone)?;
+        to.prepare_cached("INSERT OR REPLACE INTO look VALUES (?1, ?2, ?3, ?2, ?4)")?
+            .execute(params![whose[0], signed(row.at_ns), whose[1], row.counted])?;
+    }
+    for thinned in &batch.thinned {
+        remove_looks(to, [signed(thinned.process), thinned.site], &thinned.gone)?;
+    }
+    for change in &batch.works {
+        let row = &change.new;
+        let process = signed(row.process);
+        if let Some((at_ns, until_ns)) = change.before.held {
+            to.prepare_cached("UPDATE work SET until_ns = ? WHERE process = ? AND at_ns = ?")?
+                .execute([signed(until_ns), process, signed(at_ns)])?;
+        }
+        for at_ns in &change.before.gone {
+            to.prepare_cached("DELETE FROM work WHERE process = ? AND at_ns = ?")?
+                .execute([process, signed(*at_ns)])?;
+        }
+        to.prepare_cached("INSERT OR REPLACE INTO work VALUES (?1, ?2, ?2, ?3, ?4)")?
+            .execute([
+                process,
+                signed(row.at_ns),
+                signed(row.work.allocs),
+                signed(row.work.untracked_frees),
+            ])?;
+    }
+    for (process, site) in &batch.gone_sites {
+        to.prepare_cached("DELETE FROM look WHERE process = ? AND site = ?")?
+            .execute([signed(*process), *site])?;
+        to.prepare_cached("DELETE FROM site WHERE id = ?")?
+            .execute([site])?;
+    }
+    for (place, frames) in &batch.names {
+        to.prepare_cached("UPDATE place SET frames = ? WHERE id = ?")?
+            .execute(params![frames, place])?;
+    }
+    Ok(())
+}
+
+/// Removes looks at a site of a process, by their times.
+fn remove_looks(
+    to: &Transaction<'_>,
+    [process, site]: [i64; 2],
+    times: &[u64],
+) -> rusqlite::Result<()> {
+    for at_ns in times {
+        to.prepare_cached("DELETE FROM look WHERE process = ? AND at_ns = ? AND site = ?")?
+            .execute([process, signed(*at_ns), site])?;
+    }
+    Ok(())
+}
+
+/// SQLite's integers have a sign; what is above is kept bit by bit.
+const fn signed(number: u64) -> i64 {
+    number.cast_signed()
+}
