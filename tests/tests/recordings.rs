@@ -258,3 +258,63 @@ fn what_is_no_whole_recording_is_refused_in_a_line() {
         assert!(!finished.stderr.contains("panicked"), "{seed}: {finished}");
     }
 }
+
+#[test]
+fn two_recordings_are_compared_site_by_site() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let directory = TempDir::new().expect("no directory");
+    let at = |name: &str| directory.path().join(name);
+    let program = leaker();
+    let sessions = ["a.unfreed", "b.unfreed"].map(|name| {
+        let program = start(&program);
+        let session = recorded(&program, &at(name), &["--duration", "25"]);
+        (program, session)
+    });
+    for (_program, session) in sessions {
+        let _ = session.finish().report_with_code(0);
+    }
+    let compare = |options: &[&str]| {
+        Unfreed::verb("diff", [at("a.unfreed"), at("b.unfreed")])
+            .options(options)
+            .with_report()
+            .finish()
+    };
+    let diff = compare(&[]);
+    let diff = diff.report_with_code(0);
+    assert_eq!(diff.0["schema"], "unfreed.diff/1");
+    let [compared] = diff.0["programs"]
+        .as_array()
+        .expect("no programs")
+        .as_slice()
+    else {
+        panic!("not one program in {diff}");
+    };
+    assert_eq!(compared["instances"], serde_json::json!([1, 1]));
+    // The same program under the same load.
+    for site in compared["sites"].as_array().expect("no sites") {
+        assert_eq!(site["change"], "same", "{site:#}");
+        assert!(site["p_value"].as_f64() > Some(0.001), "{site:#}");
+    }
+
+    // Another program has other sites.
+    let other = Fixture::new("../cases/leak_per_request.c").build();
+    let other = start(&other);
+    let session = recorded(&other, &at("c.unfreed"), &["--duration", "5"]);
+    let _ = session.finish().report_with_code(0);
+    let text = output_of(
+        Command::new(binary())
+            .arg("diff")
+            .args([at("a.unfreed"), at("c.unfreed")]),
+    );
+    assert!(
+        text.contains("only before") && text.contains("only after"),
+        "{text}"
+    );
+    assert!(
+        text.contains("gone: leaks") && text.contains("leak_item"),
+        "{text}"
+    );
+}

@@ -163,6 +163,17 @@ Examples:
   unfreed report web.unfreed --debug-dir ./debug  with the symbols that are there
   unfreed report web.unfreed --format folded | inferno-flamegraph > web.svg")]
     Report(ReportRecording),
+    /// Tell what is different between two recordings, site by site
+    #[command(after_help = "\
+Sites are the same that go through the same places of the same binaries (by their build IDs). A leak is
+compared by how fast it grows, so that sessions may be of different lengths; everything else by what it
+holds. What chance makes as often as once in 20 times is no difference.
+
+Examples:
+  unfreed diff before.unfreed after.unfreed
+  unfreed diff v1.unfreed v2.unfreed --from 1m    without the first minute of both
+  unfreed diff before.unfreed after.unfreed --format json -o diff.json")]
+    Diff(Diff),
     /// Check what this host can do, and what would be probed in a process
     #[command(after_help = "\
 Examples:
@@ -585,6 +596,39 @@ pub struct ReportRecording {
     /// Reporting
     #[command(flatten)]
     pub report: ReportOptions,
+}
+
+/// `unfreed diff`.
+#[derive(Debug, ClapArgs)]
+pub struct Diff {
+    /// What is compared
+    #[arg(value_name = "BEFORE")]
+    pub before: PathBuf,
+    /// With what
+    #[arg(value_name = "AFTER")]
+    pub after: PathBuf,
+    /// Begin of what is compared of each, as for `unfreed report`
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
+    pub from: Option<Moment>,
+    /// End of what is compared of each
+    #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
+    pub to: Option<Moment>,
+    /// Show the N sites of a program that changed most (text only; JSON has them all)
+    #[arg(short = 'T', long = "limit", value_name = "N", default_value = "10", value_parser = limit)]
+    pub limit: usize,
+    /// Form of the comparison
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Write the comparison to FILE
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Look for separate debug files in DIR first, then in /usr/lib/debug (may be repeated)
+    #[arg(long, value_name = "DIR")]
+    pub debug_dir: Vec<PathBuf>,
+    /// Take functions of this name for allocation wrappers too, whose callers matter; `*` stands
+    /// for any text (may be repeated)
+    #[arg(long, value_name = "GLOB")]
+    pub wrapper: Vec<String>,
 }
 
 /// `unfreed top`.

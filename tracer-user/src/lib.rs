@@ -16,6 +16,7 @@ pub mod cgroup;
 pub mod commands;
 pub mod definitions;
 pub mod diagnostics;
+pub mod diff;
 pub mod discover;
 pub mod files;
 pub mod forecast;

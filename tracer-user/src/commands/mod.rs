@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod demo;
+pub mod diff;
 pub mod doctor;
 pub mod report;
 pub mod run;
@@ -50,6 +51,7 @@ pub fn dispatch(args: &Args) -> ExitCode {
         Command::Attach(args) => (attach::attach(args), 1),
         Command::Report(args) => (report::report(args), 1),
         Command::Top(args) => (top::top(args), 1),
+        Command::Diff(args) => (diff::diff(args), 1),
         Command::Doctor(args) => (doctor::doctor(args), 1),
         Command::Demo(args) => (demo::demo(args), 1),
         Command::Symbolizer => (symbolizer(), 1),

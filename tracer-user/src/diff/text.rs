@@ -1,0 +1,119 @@
+//! A comparison for people.
+
+use std::io::{self, Write};
+
+use super::{Change, Diff, Measure, Side, SiteDiff, growth};
+use crate::{
+    report::{
+        SiteReport,
+        stack::write_frames,
+        units::{bytes, counted, duration},
+    },
+    terminal::harmless,
+};
+
+pub(super) fn write(diff: &Diff, limit: usize, to: &mut dyn Write) -> io::Result<()> {
+    writeln!(to, "before: {}", side(&diff.before))?;
+    writeln!(to, "after:  {}", side(&diff.after))?;
+    for program in &diff.programs {
+        let changed: Vec<_> = program
+            .sites
+            .iter()
+            .filter(|site| site.change != Change::Same)
+            .collect();
+        let count = |change| {
+            program
+                .sites
+                .iter()
+                .filter(|site| site.change == change)
+                .count()
+        };
+        write!(to, "\n{}: ", harmless(&program.program))?;
+        match program.instances {
+            [0, _] => write!(to, "only after; ")?,
+            [_, 0] => write!(to, "only before; ")?,
+            _ => {}
+        }
+        writeln!(
+            to,
+            "{} new, {} grown, {} shrunk, {} gone, {} the same",
+            count(Change::New),
+            count(Change::Grown),
+            count(Change::Shrunk),
+            count(Change::Gone),
+            count(Change::Same)
+        )?;
+        for site in changed.iter().take(limit) {
+            write_site(site, to)?;
+        }
+        if changed.len() > limit {
+            let more = (changed.len() - limit) as u64;
+            writeln!(to, "\n  {} (-T shows more)", counted(more, "more change"))?;
+        }
+    }
+    Ok(())
+}
+
+fn side(side: &Side) -> String {
+    let whole = format!(
+        "{}, begun {}, {}",
+        harmless(&side.name),
+        side.started,
+        duration(side.duration_s)
+    );
+    match side.range {
+        Some(range) => format!("{whole}: {}", range.description()),
+        None => whole,
+    }
+}
+
+fn write_site(site: &SiteDiff, to: &mut dyn Write) -> io::Result<()> {
+    let change = match site.change {
+        Change::New => "new",
+        Change::Grown => "grown",
+        Change::Shrunk => "shrunk",
+        Change::Gone => "gone",
+        Change::Same => "same",
+    };
+    let chance = match site.p_value {
+        Some(p) if p < 0.001 => "; chance does that less than once in 1,000".to_owned(),
+        Some(p) => format!("; chance does that {:.1} times in 100", p * 100.0),
+        None => String::new(),
+    };
+    let of = |show: fn(&SiteReport) -> String| {
+        let [before, after] = [&site.before, &site.after].map(|site| site.as_ref().map(show));
+        match (before, after) {
+            (Some(before), Some(after)) => format!("{before} before, {after} after"),
+            (Some(one), None) | (None, Some(one)) => one,
+            (None, None) => String::new(),
+        }
+    };
+    let by_growth = match site.by {
+        Some(by) => by == Measure::Growth,
+        None => site.difference().0 != 0.0,
+    };
+    let figures = match by_growth {
+        true => format!("{}; {}", of(rate), of(held)),
+        false => of(held),
+    };
+    writeln!(to, "\n  {change}: {figures}{chance}")?;
+    let stack = site.after.as_ref().or(site.before.as_ref());
+    stack.map_or(Ok(()), |site| write_frames(&site.stack, to))
+}
+
+fn held(site: &SiteReport) -> String {
+    format!(
+        "{} in {} not freed",
+        bytes(site.live_bytes),
+        counted(site.live_blocks, "block")
+    )
+}
+
+fn rate(site: &SiteReport) -> String {
+    match growth(site) {
+        Some(growth) if growth.value > 0.0 => {
+            format!("leaks {}/min", bytes((growth.value * 60.0).round() as u64))
+        }
+        _ => "does not grow".to_owned(),
+    }
+}
