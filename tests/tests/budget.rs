@@ -82,18 +82,17 @@ fn a_busy_process_is_recorded_in_windows() {
     session
         .process
         .line(From::Stderr, |line| line.contains("for some of the time"));
-    // Away between windows, and back in them.
-    let (mut clean, mut probed) = (false, false);
+    // Away between windows, and back in them, several times. How long that takes is up to the machine: a window that it
+    // made dear is paid for by a longer gap.
+    let (mut was_probed, mut windows) = (true, 0);
     let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(20) && !(clean && probed) {
-        match allocator_is_probed(pid) {
-            true => probed = true,
-            false => clean = true,
-        }
+    while begin.elapsed() < Duration::from_secs(120) && windows < 4 {
+        let is_probed = allocator_is_probed(pid);
+        windows += u32::from(is_probed && !was_probed);
+        was_probed = is_probed;
         thread::sleep(Duration::from_millis(20));
     }
-    assert!(clean && probed, "clean {clean}, probed {probed}");
-    thread::sleep(Duration::from_secs(10));
+    assert_eq!(windows, 4, "windows seen");
     let links = bpf::links_of(session.process.pid());
     let outcome = session.stop();
     text::assert_clean(pid);
@@ -104,7 +103,7 @@ fn a_busy_process_is_recorded_in_windows() {
     assert_eq!(report.0["mode"], "windows", "{report}");
     assert_eq!(gears(report), ["windows"], "{report}");
     let windows = &report.0["windows"];
-    assert!(number(&windows["count"]) >= 2.0, "{windows}");
+    assert!(number(&windows["count"]) >= 3.0, "{windows}");
     assert!(number(&windows["intake_s"]) < number(&windows["open_s"]));
     // Everything is freed: nothing is accused.
     for site in report.sites() {
