@@ -83,6 +83,9 @@ fn account() -> Account {
         traced_ns: DAY_S * SECOND_NS,
         peak_live_bytes: 0,
         quality: Default::default(),
+        memory: None,
+        sees_all_blocks: true,
+        exhaustion: None,
         sites: HashMap::new(),
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     discover::{allocators::Call, process::Process},
     files::Location,
     history::{Judging, Tally},
+    memory::{Books, Course, Exhaustion, explain},
     report::{Exit, FamilyReport, LeakRate, ProcessReport, SiteReport, Totals},
     sampling::Variances,
     stacks::{Stack, StackQuality},
@@ -77,6 +78,8 @@ pub struct Figures<'a> {
     pub leaks: &'a HashMap<u32, Estimate>,
     /// Whether calls were recorded in windows at any time.
     pub was_windowed: bool,
+    /// Whether every block is in the figures, or stood for by others.
+    pub sees_all_blocks: bool,
     /// Ages of live blocks of all sites; empty if they were not looked at.
     pub ages: &'a HashMap<u32, Ages>,
     /// When recording ended, or now.
@@ -190,6 +193,12 @@ pub struct Account {
     pub peak_live_bytes: u64,
     /// How far up its stacks go.
     pub quality: StackQuality,
+    /// What it has in memory.
+    pub memory: Option<Course>,
+    /// Whether every block is in the figures, or stood for by others.
+    pub sees_all_blocks: bool,
+    /// The limit that it hits first.
+    pub exhaustion: Option<Exhaustion>,
     /// What it did where.
     #[serde(skip)]
     pub sites: HashMap<SiteId, SiteAccount>,
@@ -365,6 +374,9 @@ impl Account {
             traced_ns: 0,
             peak_live_bytes: 0,
             quality: StackQuality::default(),
+            memory: None,
+            sees_all_blocks: true,
+            exhaustion: None,
             sites: HashMap::new(),
         }
     }
@@ -439,6 +451,9 @@ impl Account {
             },
             peak_live_bytes: target.peak_live_bytes,
             quality,
+            memory: target.memory.course(),
+            sees_all_blocks: figures.sees_all_blocks,
+            exhaustion: None,
             sites: HashMap::new(),
         }
     }
@@ -455,6 +470,8 @@ impl Account {
         self.traced_ns = self.traced_ns.max(other.traced_ns);
         self.peak_live_bytes += other.peak_live_bytes;
         self.quality.join(&other.quality);
+        // Of one process only.
+        (self.memory, self.exhaustion) = (None, None);
         for (id, site) in other.sites {
             let has_room = self.sites.len() < most_sites;
             if let Some(known) = self.sites.get_mut(&id) {
@@ -550,6 +567,19 @@ impl Account {
             unseen_vfork_children: self.unseen_vfork_children,
             main_thread_exited: self.main_thread_exited,
             sampled_out: self.sampled_out,
+            memory: self.memory.map(|course| {
+                let mappings = definitions
+                    .mappings()
+                    .and_then(|number| families.get(&number));
+                let books = Books {
+                    seconds: self.traced_ns as f64 / 1e9,
+                    ledger_bytes: self.sees_all_blocks.then_some(totals.live_bytes),
+                    mappings_bytes: mappings.map(|family| family.totals.live_bytes),
+                    untracked_frees: self.untracked_frees,
+                };
+                explain(&course, &books)
+            }),
+            exhaustion: self.exhaustion.clone(),
             totals,
             families: families.into_values().collect(),
             stacks: self.quality.clone(),

@@ -26,6 +26,7 @@ pub mod growth;
 pub mod history;
 pub mod host;
 mod limits;
+pub mod memory;
 pub mod output;
 pub mod own_use;
 pub mod page_faults;

@@ -1,8 +1,11 @@
 //! What unfreed itself takes of the host.
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, path::Path, time::Duration};
 
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::{
+    sys::resource::{UsageWho, getrusage},
+    time::{ClockId, clock_gettime},
+};
 use procfs::process::{FDTarget, Process};
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +37,11 @@ impl OwnUse {
         self.peak_memory_bytes = peak_kib.map_or(self.peak_memory_bytes, |kib| kib << 10);
         self.kernel_memory_bytes = self.kernel_memory_bytes.max(maps_bytes(&process));
     }
+}
+
+/// CPU time that this thread has taken.
+pub(crate) fn cpu_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Sum over all maps that a process holds open, each once.

@@ -27,6 +27,7 @@ use crate::{
     },
     files::{AddressSpace, Files, KnownFile, Segment, is_named},
     history::History,
+    memory,
     preflight::no_allocator,
     probe_set::ProbeSet,
     ranges::Ranges,
@@ -79,6 +80,8 @@ pub struct Target {
     pub ranges: Ranges,
     /// Its sites over time.
     pub history: History,
+    /// What it has in memory.
+    pub memory: memory::Watch,
     /// Children forked that are not meant, beside those that the kernel side counts.
     pub untraced_children: u32,
     /// Whether its end was told.
@@ -181,6 +184,7 @@ impl Target {
             from_start: false,
             ranges: Ranges::default(),
             history: History::default(),
+            memory: memory::Watch::default(),
             untraced_children: 0,
             is_told: false,
             is_held: false,

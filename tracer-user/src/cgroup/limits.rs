@@ -9,10 +9,10 @@ use std::{
     time::Duration,
 };
 
-use super::{WINDOW_S, budget::cpu_time};
+use super::{Directory, Hierarchies};
 use crate::{
-    cgroup::{Directory, Hierarchies},
-    growth::Series,
+    growth::{Growth, Series},
+    own_use::cpu_time,
 };
 
 /// How often limits are read again.
@@ -23,22 +23,22 @@ const SHARE: f64 = 0.001;
 
 /// What counts against the limit that will be hit first.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Limit {
+pub(crate) struct Limit {
     /// The cgroup that has the limit.
-    pub(super) cgroup: String,
+    pub(crate) cgroup: String,
     /// The limit.
-    pub(super) limit_bytes: u64,
+    pub(crate) limit_bytes: u64,
     /// What counts against it and cannot be dropped by the kernel: without the page cache.
-    pub(super) used_bytes: u64,
+    pub(crate) used_bytes: u64,
     /// How fast that grows, if it certainly does.
-    pub(super) growth_per_s: Option<f64>,
+    pub(crate) growth: Option<Growth>,
 }
 
 impl Limit {
     /// When the limit is hit if it goes on like this.
-    pub(super) fn left_s(&self) -> Option<f64> {
+    pub(crate) fn left_s(&self) -> Option<f64> {
         let room = self.limit_bytes.saturating_sub(self.used_bytes);
-        self.growth_per_s.map(|growth| room as f64 / growth)
+        self.growth.map(|growth| room as f64 / growth.per_s)
     }
 }
 
@@ -58,18 +58,21 @@ struct Group {
 
 /// The cgroups with limits that were seen.
 #[derive(Debug)]
-pub(super) struct Limits {
+pub(crate) struct Limits {
     hierarchies: Hierarchies,
     groups: HashMap<PathBuf, Group>,
     /// The directories with limits above a process, by what its `cgroup` file says; when that was
     /// found out.
     chains: HashMap<String, (Rc<[PathBuf]>, f64)>,
     next_look_s: f64,
+    window_s: f64,
 }
 
 impl Limits {
-    pub(super) fn new() -> Self {
+    /// Growth is looked at over so many seconds.
+    pub(crate) fn new(window_s: f64) -> Self {
         Self {
+            window_s,
             hierarchies: Hierarchies::read().unwrap_or_default(),
             groups: HashMap::new(),
             chains: HashMap::new(),
@@ -78,7 +81,7 @@ impl Limits {
     }
 
     /// The cgroups with limits that a process is in.
-    pub(super) fn chain(&mut self, pid: u32, now_s: f64) -> Option<Rc<[PathBuf]>> {
+    pub(crate) fn chain(&mut self, pid: u32, now_s: f64) -> Option<Rc<[PathBuf]>> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         if let Some((chain, since_s)) = self.chains.get(&text)
             && now_s - since_s < LIMIT_AGE_S
@@ -116,7 +119,7 @@ impl Limits {
             limit_bytes,
             read_s: now_s,
             used_bytes: 0,
-            used: Series::new(WINDOW_S),
+            used: Series::new(self.window_s),
             is_wanted: true,
         });
         group.limit_bytes = limit_bytes;
@@ -125,7 +128,7 @@ impl Limits {
     }
 
     /// Samples the cgroups that processes are in, unless that was done too recently for what it costs.
-    pub(super) fn sample<'a>(
+    pub(crate) fn sample<'a>(
         &mut self,
         chains: impl Iterator<Item = &'a Rc<[PathBuf]>>,
         now_s: f64,
@@ -151,7 +154,7 @@ impl Limits {
     }
 
     /// The limit of a chain that will be hit first; if none is in sight, the one with the least room.
-    pub(super) fn tightest(&self, chain: &[PathBuf]) -> Option<Limit> {
+    pub(crate) fn tightest(&self, chain: &[PathBuf]) -> Option<Limit> {
         chain
             .iter()
             .filter_map(|path| self.groups.get(path))
@@ -198,7 +201,7 @@ impl Group {
             cgroup: self.name.clone(),
             limit_bytes: self.limit_bytes,
             used_bytes: self.used_bytes,
-            growth_per_s: growth.map(|growth| growth.per_s),
+            growth,
         }
     }
 }
@@ -231,11 +234,17 @@ mod tests {
             cgroup: "/a".to_owned(),
             limit_bytes: 1000,
             used_bytes: 400,
-            growth_per_s: Some(3.0),
+            growth: Some(Growth {
+                per_s: 3.0,
+                at_least_per_s: None,
+                at_most_per_s: None,
+                samples: 2,
+                span_s: 1.0,
+            }),
         };
         assert_eq!(limit.left_s(), Some(200.0));
         let limit = Limit {
-            growth_per_s: None,
+            growth: None,
             ..limit
         };
         assert_eq!(limit.left_s(), None);
@@ -243,9 +252,9 @@ mod tests {
 
     #[test]
     fn of_two_limits_the_first_to_be_hit_counts() {
-        let mut limits = Limits::new();
+        let mut limits = Limits::new(300.0);
         let mut group = |path: &str, limit_bytes, growth: f64| {
-            let mut used = Series::new(WINDOW_S);
+            let mut used = Series::new(300.0);
             (0..20).for_each(|second| used.push(f64::from(second), f64::from(second) * growth));
             let group = Group {
                 name: path.to_owned(),

@@ -1,4 +1,6 @@
-//! How much memory the cgroups of a process allow it.
+//! How much memory the cgroups of a process allow it, and what they use of that (`limits`).
+
+pub(crate) mod limits;
 
 use std::{
     fs,

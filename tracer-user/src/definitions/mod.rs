@@ -292,11 +292,13 @@ impl Definitions {
         self.families.get(usize::from(number).checked_sub(1)?)
     }
 
-    /// Families without functions, in the order of their numbers: of what was recorded.
+    /// Families without functions, in the order of their numbers, and the number of that of mappings: of what was
+    /// recorded.
     #[must_use]
-    pub fn of_families(families: Vec<Family>) -> Self {
+    pub fn of_families(families: Vec<Family>, mappings: Option<alloc_spec::Family>) -> Self {
         Self {
             families,
+            mappings,
             ..Self::default()
         }
     }

@@ -25,7 +25,7 @@ const TABLES: &str = "
 CREATE TABLE session (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     report TEXT NOT NULL,      -- the report without processes, JSON
-    families TEXT NOT NULL,    -- what is counted beside the heap, JSON
+    families TEXT NOT NULL,    -- what is counted beside the heap, and which of it is mappings, JSON
     warmup_ns INTEGER,         -- --warmup
     left_out INTEGER NOT NULL  -- looks that found no room (--record-max)
 );

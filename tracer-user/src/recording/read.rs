@@ -117,9 +117,7 @@ impl Recording {
         };
         Ok(Self {
             session: serde_json::from_str(&report).with_context(|| damaged(path))?,
-            definitions: Definitions::of_families(
-                serde_json::from_str(&families).with_context(|| damaged(path))?,
-            ),
+            definitions: definitions(&families).with_context(|| damaged(path))?,
             warmup_ns: warmup_ns.map(i64::cast_unsigned),
             left_out: left_out.cast_unsigned(),
             path: path.to_owned(),
@@ -404,11 +402,13 @@ impl Recording {
         account.sites = accounts;
         if !is_whole {
             account.end = None;
+            account.exhaustion = None;
         }
         if !is_whole || from_ns > 0 {
             account.traced_ns = process.last_ns.min(to_ns).saturating_sub(from_ns);
             // Of the whole session.
             account.peak_live_bytes = 0;
+            account.memory = None;
         }
         Ok(account)
     }
@@ -447,6 +447,11 @@ fn damaged(path: &Path) -> String {
         path.display(),
         path.display()
     )
+}
+
+fn definitions(text: &str) -> anyhow::Result<Definitions> {
+    let (families, mappings) = json(text)?;
+    Ok(Definitions::of_families(families, mappings))
 }
 
 /// What a site had counted by a time.

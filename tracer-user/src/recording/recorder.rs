@@ -268,7 +268,7 @@ impl Recorder {
         let mut batch = std::mem::take(&mut self.batch);
         batch.session = Some(SessionRow {
             report: json(session),
-            families: json(&families),
+            families: json(&(families, definitions.mappings())),
             warmup_ns: judging.warmup_ns,
             left_out: self.left_out,
         });

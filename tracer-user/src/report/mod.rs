@@ -27,6 +27,7 @@ use units::duration;
 use crate::{
     args::{ReportFormat, ReportOptions},
     discover::labels::Labels,
+    memory::{Exhaustion, MemoryReport},
     output,
     own_use::OwnUse,
     sampling::Margins,
@@ -215,6 +216,10 @@ pub struct ProcessReport {
     /// Whether the main thread ended while others went on: the kernel may then have taken the
     /// probes away.
     pub main_thread_exited: bool,
+    /// What it has in memory, and what the growth of that is made of; null where nobody could look.
+    pub memory: Option<MemoryReport>,
+    /// The limit that it hits first if it goes on like this; null where it does not grow for certain, or has ended.
+    pub exhaustion: Option<Exhaustion>,
     /// Over all sites of the heap.
     pub totals: Totals,
     /// What the user had counted beside it.

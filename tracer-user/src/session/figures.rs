@@ -97,6 +97,7 @@ impl Session {
             sites,
             leaks: &self.leaks(target.instance),
             was_windowed: self.windows_report().is_some(),
+            sees_all_blocks: self.sees_all_blocks(),
             stacks: &self.stacks,
             ages,
             now_ns: target.end_ns.unwrap_or(now_ns),
@@ -104,7 +105,10 @@ impl Session {
             definitions: &self.definitions,
             judging: &self.judging,
         };
-        Account::of(target, &figures)
+        Account {
+            exhaustion: self.exhaustion(target),
+            ..Account::of(target, &figures)
+        }
     }
 
     /// Looks at the sites of these instances, for what they count over time.
@@ -117,6 +121,7 @@ impl Session {
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         let since_ns = self.tracer.recording().since_ns;
         let was_windowed = self.windows_report().is_some();
+        let sees_all_blocks = self.sees_all_blocks();
         let ages = HashMap::new();
         let by_instance = self.sites(&of);
         let instances = self
@@ -135,6 +140,11 @@ impl Session {
                 None => HashMap::new(),
             };
             let sees_vfork = self.sees_vfork(instance);
+            let recorded = self
+                .targets
+                .get(&instance)
+                .filter(|_| self.recorder.is_some());
+            let exhaustion = recorded.and_then(|target| self.exhaustion(target));
             let Some(target) = self.targets.get_mut(&instance) else {
                 continue;
             };
@@ -143,6 +153,7 @@ impl Session {
                 sites,
                 leaks: &leaks,
                 was_windowed,
+                sees_all_blocks,
                 stacks: &self.stacks,
                 ages: &ages,
                 now_ns: target.end_ns.unwrap_or(now_ns),
@@ -168,7 +179,10 @@ impl Session {
             if let Some(recorder) = &mut self.recorder {
                 recorder.take(&Seen {
                     number: target.number,
-                    account: &Account::facts(target, &figures),
+                    account: &Account {
+                        exhaustion,
+                        ..Account::facts(target, &figures)
+                    },
                     armed_ns: state.armed_at_ns.saturating_sub(self.started_ns),
                     ran_before: target.ran_before(),
                     since_ns,
@@ -180,6 +194,18 @@ impl Session {
                 });
             }
         }
+    }
+
+    /// Whether every block is in the figures, or stood for by others.
+    fn sees_all_blocks(&self) -> bool {
+        let filters = &self.filters;
+        let has_sizes = filters.min_size_bytes.is_none() && filters.max_size_bytes.is_none();
+        let was_paused = self
+            .budget_report()
+            .as_ref()
+            .is_some_and(BudgetReport::was_paused);
+        let has_gaps = was_paused || self.windows_report().is_some();
+        has_sizes && !filters.no_heap && filters.object.is_none() && !has_gaps
     }
 
     /// Whether calls are seen of children that borrow the memory of an instance.
@@ -196,6 +222,7 @@ impl Session {
     pub fn report(&mut self, depth: Depth) -> anyhow::Result<Report> {
         self.own_use.look();
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
+        self.look_at_memory(depth == Depth::Final, |_| true);
         self.look_at(|_| true);
         let older = self.filters.older_ms.is_some();
         let is_final = depth == Depth::Final;

@@ -3,7 +3,12 @@
 use std::time::{Duration, Instant};
 
 use super::Session;
-use crate::verdict::LEAST_SPACING_NS;
+use crate::{
+    bpf::tracer::monotonic_ns,
+    memory::{Exhaustion, exhaustion},
+    target::Target,
+    verdict::LEAST_SPACING_NS,
+};
 
 /// Between looks, at most.
 const MOST: Duration = Duration::from_secs(5);
@@ -54,10 +59,51 @@ impl Session {
         }
         if self.looks.due <= now {
             self.drain();
+            self.look_at_memory(false, |_| true);
             self.look_at(|_| true);
             self.looks.next(now);
         }
         self.keep_recording();
         Ok(())
+    }
+
+    /// Looks at the memory of these instances, and of the cgroups that they are in. `is_thorough`: also at what their
+    /// stacks take.
+    pub(super) fn look_at_memory(&mut self, is_thorough: bool, of: impl Fn(u32) -> bool) {
+        let now_s = monotonic_ns() as f64 / 1e9;
+        let Self {
+            targets, limits, ..
+        } = self;
+        for (instance, target) in &mut *targets {
+            if of(*instance) && target.end.is_none() {
+                let pid = target.process.pid;
+                target.memory.look(pid, now_s, is_thorough);
+                target.memory.groups = limits.chain(pid, now_s);
+            }
+        }
+        let running = targets.values().filter(|target| target.end.is_none());
+        let groups = running.filter_map(|target| target.memory.groups.as_ref());
+        limits.sample(groups, now_s);
+    }
+
+    /// The limit that a process hits first if it grows on.
+    pub(super) fn exhaustion(&self, target: &Target) -> Option<Exhaustion> {
+        if target.end.is_some() {
+            return None;
+        }
+        let growth = target.memory.growth()?;
+        let mut limits = exhaustion::of_process(target.process.pid, growth);
+        let groups = target.memory.groups.as_deref().unwrap_or_default();
+        if let Some(group) = self.limits.tightest(groups)
+            && let Some(growth) = group.growth
+        {
+            limits.push(exhaustion::Limit {
+                name: format!("cgroup {}", group.cgroup),
+                limit_bytes: group.limit_bytes,
+                used_bytes: group.used_bytes,
+                growth,
+            });
+        }
+        Exhaustion::first(limits)
     }
 }

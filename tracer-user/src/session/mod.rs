@@ -40,8 +40,9 @@ use crate::{
     bpf::{
         instances::Opened,
         links::{self, Allowed},
-        tracer::{Limits, Tracer, monotonic_ns},
+        tracer::{Limits as TracerLimits, Tracer, monotonic_ns},
     },
+    cgroup::limits::Limits,
     definitions::Definitions,
     discover::{
         labels::{ContainerNames, Labels},
@@ -52,6 +53,7 @@ use crate::{
     files::Files,
     history::Judging,
     host::Host,
+    memory,
     own_use::OwnUse,
     past::Past,
     recording::Recorder,
@@ -119,6 +121,7 @@ pub struct Session {
     sampled_bytes: Option<u64>,
     own_use: OwnUse,
     looks: Looks,
+    limits: Limits,
     judging: Judging,
     recorder: Option<Recorder>,
 }
@@ -141,7 +144,7 @@ impl Session {
         let has_several = trace.follow || selection.is_open() || selection.pids().count() > 1;
         let share = |all: u32| if has_several { all / 4 } else { all };
         let mut tracer = Tracer::load(
-            Limits {
+            TracerLimits {
                 max_live_blocks: trace.max_live,
                 max_sites: trace.max_sites,
                 max_live_of_process: trace
@@ -228,6 +231,7 @@ impl Session {
             pace: None,
             own_use: OwnUse::default(),
             looks: Looks::begin(),
+            limits: Limits::new(memory::WINDOW_S),
             judging: Judging {
                 warmup_ns: report.warmup.map(|warmup| warmup.as_nanos() as u64),
             },
@@ -498,8 +502,9 @@ impl Session {
     }
 
     /// Begins to record a target.
-    pub fn arm(&self, instance: u32) {
+    pub fn arm(&mut self, instance: u32) {
         self.tracer.arm(instance);
+        self.look_at_memory(false, |one| one == instance);
     }
 
     /// Fails with the reason if a target has nothing to probe.

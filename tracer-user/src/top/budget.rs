@@ -2,12 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nix::time::{ClockId, clock_gettime};
-
-/// CPU time that this thread has taken.
-pub(super) fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
-}
+use crate::own_use::cpu_time;
 
 /// CPU time to spend on what is dear: it comes in steadily, and what is spent beyond it has to wait.
 #[derive(Debug)]

@@ -1,11 +1,10 @@
 //! Which processes of this host grow, and from where: what `unfreed top` knows.
 //!
 //! [`processes`] asks every process at every look, [`crate::growth`] tells from that who grows, and
-//! only of those that may be growing page faults are sampled ([`stacks`]). [`limits`] knows the
-//! cgroups. Out of it comes a [`report::TopReport`], which [`plain`] writes and [`screen`] shows.
+//! only of those that may be growing page faults are sampled ([`stacks`]). [`crate::cgroup`] knows the
+//! limits. Out of it comes a [`report::TopReport`], which [`plain`] writes and [`screen`] shows.
 
 mod budget;
-mod limits;
 mod plain;
 mod processes;
 pub mod report;
@@ -22,16 +21,17 @@ use std::{
 };
 
 use self::{
-    budget::{Budget, cpu_time},
-    limits::Limits,
+    budget::Budget,
     processes::{Found, Held, Reader},
     report::{GrowthReport, LimitReport, Row, SCHEMA, StackReport, TopReport},
     stacks::{Stacks, Wanted},
 };
 use crate::{
     args::Format,
+    cgroup::limits::Limits,
     discover::{maps::without_deleted_mark, process::is_unfreed},
     growth::{Growth, Series},
+    own_use::cpu_time,
     terminal::Harmless,
 };
 
@@ -142,7 +142,7 @@ impl Top {
             reader: Reader::default(),
             processes: HashMap::new(),
             ranking: Vec::new(),
-            limits: Limits::new(),
+            limits: Limits::new(WINDOW_S),
             stacks: Stacks::new(plan.debug_dirs, plan.wrappers),
             looks: Budget::new(LOOKS_SHARE, advance),
             details: Budget::new(DETAILS_SHARE, advance),
@@ -386,7 +386,7 @@ impl Top {
                 cgroup: limit.cgroup,
                 limit_bytes: limit.limit_bytes,
                 used_bytes: limit.used_bytes,
-                growth_bytes_per_min: limit.growth_per_s.map(|growth| growth * 60.0),
+                growth_bytes_per_min: limit.growth.map(|growth| growth.per_s * 60.0),
             }),
             faulted_in: self.stacks.faulted_in(pid),
             stacks: known.stacks.clone(),

@@ -2,6 +2,7 @@
 
 mod honesty;
 mod interim;
+mod memory;
 mod verdict;
 
 use std::io::{self, Write};
@@ -10,6 +11,7 @@ pub(super) use interim::write_interim;
 
 use self::{
     honesty::write_honesty,
+    memory::write_memory,
     verdict::{write_leaks, write_verdict},
 };
 use super::{
@@ -324,6 +326,7 @@ fn write_process(
         writeln!(to, "  Only blocks of {sizes} were recorded.\n")?;
     }
     write_totals(&process.totals, "highest seen: ", to)?;
+    write_memory(process, to)?;
     write_windows(report, to)?;
     write_gaps(process, to)?;
     write_sites(report, &process.totals, &process.sites, limit, to)
