@@ -85,7 +85,7 @@ mod tests {
         let (told, hear) = std::sync::mpsc::channel();
         let (done, wait) = std::sync::mpsc::channel::<()>();
         let thread = std::thread::Builder::new()
-            .stack_size(2 * TOUCHED)
+            .stack_size(8 * TOUCHED)
             .spawn(move || {
                 let touched = std::hint::black_box([1_u8; TOUCHED]);
                 told.send(touched[7]).unwrap();
