@@ -38,7 +38,7 @@ pub(crate) struct Args {
     /// Only cases whose names contain one of these
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Leave the JSON reports in DIR
+    /// Leave the JSON reports and the recordings in DIR
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 }
@@ -48,6 +48,8 @@ const LEAST_PRECISION: f64 = 0.97;
 const LEAST_RECALL: f64 = 0.95;
 /// No site that does not leak is called a leak with more confidence.
 const MOST_CONFIDENCE: f64 = 0.8;
+/// Times to verdict are told to so many seconds.
+const STEP_S: u64 = 5;
 /// A program runs for longer than it is traced, in seconds.
 const LONGER: u64 = 30;
 
@@ -82,7 +84,7 @@ fn judge_all(args: &Args, directory: &Path) -> Result<()> {
                 loop {
                     let next = queue.lock().ok().and_then(|mut queue| queue.next());
                     let Some((case, seed)) = next else { return };
-                    let judged = judge(&case, seed, args.seconds, directory)
+                    let judged = judge(&case, seed, args.seconds, directory, args.keep.is_some())
                         .with_context(|| format!("{case}, seed {seed}"));
                     if let Ok(mut done) = done.lock() {
                         done.push((case, seed, judged));
@@ -175,6 +177,10 @@ struct Site {
     verdict: String,
     confidence: f64,
     why: String,
+    /// Its id in reports.
+    id: String,
+    /// From when on it was called a leak, in seconds, if it is at the end.
+    since_s: Option<u64>,
 }
 
 impl Site {
@@ -188,8 +194,17 @@ impl Site {
 }
 
 /// Runs a case and has it judged.
-fn judge(case: &str, seed: u64, seconds: u64, directory: &Path) -> Result<Vec<Site>> {
+fn judge(
+    case: &str,
+    seed: u64,
+    seconds: u64,
+    directory: &Path,
+    is_kept: bool,
+) -> Result<Vec<Site>> {
     let report = directory.join(format!("{case}-{seed}.json"));
+    let recording = directory.join(format!("{case}-{seed}.unfreed"));
+    // It is not written over.
+    let _ = fs::remove_file(&recording);
     let mut program = Command::new(directory.join(case))
         .args([(seconds + LONGER).to_string(), seed.to_string()])
         .stdout(Stdio::null())
@@ -197,7 +212,8 @@ fn judge(case: &str, seed: u64, seconds: u64, directory: &Path) -> Result<Vec<Si
         .context("failed to start the program")?;
     let output = Command::new(cmd::target_dir()?.join("release/unfreed"))
         .args(["attach", &program.id().to_string()])
-        .args(["--duration", &seconds.to_string()])
+        .args(["--duration", &seconds.to_string(), "-r"])
+        .arg(&recording)
         .args(["--wrapper", "wrapper", "--format", "json", "-o"])
         .arg(&report)
         .output();
@@ -209,11 +225,56 @@ fn judge(case: &str, seed: u64, seconds: u64, directory: &Path) -> Result<Vec<Si
         "unfreed failed: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    let text = fs::read(&report).context("failed to read the report")?;
+    let mut sites = sites(&report, case)?;
+    find_times(&mut sites, &recording, seconds, case)?;
+    if !is_kept {
+        let _ = fs::remove_file(&recording);
+    }
+    Ok(sites)
+}
+
+fn sites(report: &Path, case: &str) -> Result<Vec<Site>> {
+    let text = fs::read(report).context("failed to read the report")?;
     let report: Value = serde_json::from_slice(&text).context("the report is no JSON")?;
     let sites = report["processes"][0]["sites"].as_array();
     let sites = sites.context("the report has no sites")?;
     sites.iter().map(|site| labelled(site, case)).collect()
+}
+
+/// Finds out from when on leaks were called leaks, by reports of ever shorter parts of the session.
+fn find_times(sites: &mut [Site], recording: &Path, seconds: u64, case: &str) -> Result<()> {
+    let report = recording.with_extension("part.json");
+    let is_right = |site: &&mut Site| site.leaks() && site.is_called_leak();
+    let mut open: Vec<&mut Site> = sites.iter_mut().filter(is_right).collect();
+    for site in &mut open {
+        site.since_s = Some(seconds);
+    }
+    let mut to_s = seconds / STEP_S * STEP_S;
+    while to_s > 0 && !open.is_empty() {
+        let output = Command::new(cmd::target_dir()?.join("release/unfreed"))
+            .arg("report")
+            .arg(recording)
+            .args(["--to", &to_s.to_string(), "--format", "json", "-o"])
+            .arg(&report)
+            .output()
+            .context("failed to run unfreed")?;
+        let parts = match output.status.success() {
+            true => self::sites(&report, case)?,
+            false => Vec::new(),
+        };
+        open.retain_mut(|site| {
+            let is_leak = parts
+                .iter()
+                .any(|part| part.id == site.id && part.is_called_leak());
+            if is_leak {
+                site.since_s = Some(to_s);
+            }
+            is_leak
+        });
+        to_s -= STEP_S;
+    }
+    let _ = fs::remove_file(report);
+    Ok(())
 }
 
 fn labelled(site: &Value, case: &str) -> Result<Site> {
@@ -230,6 +291,8 @@ fn labelled(site: &Value, case: &str) -> Result<Site> {
         verdict: text(&site["verdict"]),
         confidence: site["confidence"].as_f64().unwrap_or(0.0),
         why: text(&site["why"]),
+        id: text(&site["id"]),
+        since_s: None,
     })
 }
 
@@ -239,6 +302,8 @@ struct Confusion {
     /// Sites by label and verdict.
     counts: BTreeMap<(bool, String), u64>,
     mistakes: Vec<String>,
+    /// After how many seconds leaks were called so.
+    times_s: Vec<u64>,
     /// Of those that do not leak and are called leaks.
     most_confidence: f64,
 }
@@ -248,6 +313,7 @@ impl Confusion {
         for site in sites {
             let counted = self.counts.entry((site.leaks(), site.verdict.clone()));
             *counted.or_default() += 1;
+            self.times_s.extend(site.since_s);
             if site.leaks() != site.is_called_leak() {
                 if site.is_called_leak() {
                     self.most_confidence = self.most_confidence.max(site.confidence);
@@ -299,6 +365,14 @@ impl Confusion {
             "confidence of a wrong accusation, at most: {:.2}\n",
             self.most_confidence
         );
+        let mut times = self.times_s.clone();
+        times.sort_unstable();
+        if let (Some(median), Some(last)) = (times.get(times.len() / 2), times.last()) {
+            let most = times[times.len() * 9 / 10];
+            println!(
+                "time to verdict: half of the leaks within {median} s, nine in ten within {most} s, all within {last} s\n"
+            );
+        }
         for mistake in &self.mistakes {
             println!("- {mistake}");
         }
