@@ -3,6 +3,8 @@
 //! Two witnesses are heard: [`shape`] looks at the site's live bytes over time, [`survival`] at the blocks as they grow
 //! old. Only where both say that it grows does it grow. The reasons are in `docs/design/verdict.md`.
 
+#[cfg(test)]
+mod properties;
 mod shape;
 mod survival;
 #[cfg(test)]

@@ -8,9 +8,13 @@ use crate::history::Looks;
 const SECOND_NS: f64 = 1e9;
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
+    pub(super) const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
@@ -20,26 +24,26 @@ impl Random {
     }
 
     /// From 0 to 1, without 0.
-    fn fraction(&mut self) -> f64 {
+    pub(super) fn fraction(&mut self) -> f64 {
         ((self.bits() >> 11) + 1) as f64 / (1_u64 << 53) as f64
     }
 
-    fn exponential(&mut self, mean: f64) -> f64 {
+    pub(super) fn exponential(&mut self, mean: f64) -> f64 {
         -mean * self.fraction().ln()
     }
 }
 
 /// A block, by its times in seconds and its size.
-struct Block {
+pub(super) struct Block {
     born: f64,
     dies: f64,
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
-const NEVER: f64 = f64::INFINITY;
+pub(super) const NEVER: f64 = f64::INFINITY;
 
 /// What a session of so many seconds sees of blocks.
-fn judged(blocks: &[Block], seconds: f64) -> Judgement {
+pub(super) fn judged(blocks: &[Block], seconds: f64) -> Judgement {
     judged_with(blocks, seconds, None)
 }
 
@@ -86,7 +90,7 @@ fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgeme
 }
 
 /// So many a second, that live as long as is said at birth.
-fn births(per_s: f64, seconds: f64, mut life: impl FnMut(f64) -> f64) -> Vec<Block> {
+pub(super) fn births(per_s: f64, seconds: f64, mut life: impl FnMut(f64) -> f64) -> Vec<Block> {
     let mut blocks = Vec::new();
     let mut born = 1.0 / per_s;
     while born < seconds {
