@@ -15,10 +15,9 @@ pub struct Recording {
     /// Number of the [`crate::sampling::Rate`] at which blocks are sampled, from 1 on; 0 if every call is
     /// recorded.
     pub rate: u32,
-    /// Blocks born before may have been freed while no probe stood, and count in no estimate.
+    /// Blocks born before count in no estimate: they may have been freed while no probe stood, or a mark tells them apart.
     pub since_ns: u64,
-    /// When the probes were last put back, not before `since_ns`: blocks born before may have been freed
-    /// meanwhile.
+    /// When the probes were last put back: blocks born before may have been freed meanwhile.
     pub opened_ns: u64,
     /// From when on new blocks are not recorded; an old one at the same address is found to have been freed.
     pub intake_ends_ns: u64,

@@ -77,7 +77,9 @@ pub(crate) fn count_free(state: &Instance, recording: &Recording, block: &Block)
     };
     // SAFETY: no argument, and field addresses of a live map element.
     unsafe {
-        if recording::is_old(recording, block.birth_ns) {
+        if recording::is_old(recording, block.birth_ns)
+            || recording::is_former(recording, block.birth_ns)
+        {
             let old_frees = &raw mut (*site).old_frees;
             if !count_old(state, recording, site, block, old_frees) {
                 // It may be another block's free, that got its address while nobody looked.

@@ -50,7 +50,7 @@ pub(crate) fn is_old(recording: &Recording, birth_ns: u64) -> bool {
     birth_ns < read(&recording.opened_ns)
 }
 
-/// Whether an old block counts in no estimate.
+/// Whether a block is from before what is estimated, or told apart by a mark.
 #[inline(always)]
 pub(crate) fn is_former(recording: &Recording, birth_ns: u64) -> bool {
     birth_ns < since_ns(recording)

@@ -26,7 +26,7 @@ use crate::{
     files::Location,
     history::{Judging, Tally},
     memory::{Books, Course, Exhaustion, explain},
-    report::{Exit, FamilyReport, LeakRate, ProcessReport, SiteReport, Totals},
+    report::{Exit, FamilyReport, LeakRate, ProcessReport, SinceMark, SiteReport, Totals},
     sampling::Variances,
     stacks::{Stack, StackQuality},
     symbolize::Names,
@@ -90,6 +90,8 @@ pub struct Figures<'a> {
     pub sees_vfork: bool,
     /// How sites are judged.
     pub judging: &'a Judging,
+    /// Whether histories begin at a mark.
+    pub is_marked: bool,
 }
 
 /// A site on the kernel side, and which one it is.
@@ -225,6 +227,8 @@ pub struct SiteAccount {
     pub stack: Option<Rc<Stack>>,
     /// What it leaks, where windows told.
     pub leak: Option<LeakRate>,
+    /// What it has counted since the last mark, if there is one.
+    pub since_mark: Option<SinceMark>,
     /// What becomes of its blocks.
     pub judgement: Judgement,
     /// Its live blocks, if they were looked at and there were any.
@@ -245,6 +249,7 @@ impl SiteAccount {
             variances: Variances::of(tally),
             stack: place.stack.cloned(),
             leak: place.leak,
+            since_mark: None,
             judgement: Judgement::default(),
             ages: None,
         }
@@ -267,6 +272,7 @@ impl SiteAccount {
         self.missed_frees += other.missed_frees;
         self.variances.add(&other.variances);
         self.leak = join(self.leak.take(), other.leak.clone());
+        self.since_mark = SinceMark::join_all(self.since_mark, other.since_mark);
         self.judgement.join(&other.judgement);
         match (&mut self.ages, &other.ages) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
@@ -407,6 +413,13 @@ impl Account {
                 .entry(id)
                 .and_modify(|known| known.add(&account))
                 .or_insert(account);
+        }
+        if figures.is_marked {
+            for (id, tally) in figures.tallies() {
+                if let Some(site) = sites.get_mut(&id) {
+                    site.since_mark = Some(SinceMark::of(&target.history.since(id, &tally)));
+                }
+            }
         }
         for (id, site) in &mut sites {
             site.judge(
@@ -620,6 +633,7 @@ impl SiteAccount {
                 .filter(|_| live_blocks > 0)
                 .map(|ages| ages.oldest_ns as f64 / 1e9),
             missed_frees: self.missed_frees,
+            since_mark: self.since_mark,
             stack_cut: stack.and_then(Stack::cut).map(Cow::Borrowed),
             stack_sampled: stack.is_some_and(Stack::is_sampled),
             stack: names.stack(stack.map_or(&[][..], Stack::frames), program),

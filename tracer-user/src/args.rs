@@ -72,6 +72,12 @@ impl Args {
 
     /// Fails if options are given that have no meaning together.
     fn check(&self) -> Result<(), clap::Error> {
+        if let Command::Diff(Diff { generation, .. }) = &self.command
+            && generation.len() > 2
+        {
+            let problem = "--generation is given at most twice";
+            return Err(Self::command().error(ErrorKind::TooManyValues, problem));
+        }
         let (verb, trace) = match &self.command {
             Command::Run(run) => ("run", &run.trace),
             Command::Attach(attach) => ("attach", &attach.trace),
@@ -147,9 +153,9 @@ Examples:
     Top(Top),
     /// Make a report of a recording
     #[command(after_help = "\
-Every form of report can be made of a recording (`-r FILE` at attach or run), also while its session
-goes on. Files that are no longer there are looked for by their build IDs; the names of functions that
-the session knew are in the recording.
+Every form of report can be made of a recording (`-r FILE` at attach or run), also while its
+session goes on. Files that are no longer there are looked for by their build IDs; the names of
+functions that the session knew are in the recording.
 
 TIME is since the session's begin (90, 10m, 1h30m), before its end (-10m), or a time of day in UTC
 (2026-11-24T13:45:00Z). Of a part of a session, figures are by how much it counted more at its end
@@ -163,11 +169,25 @@ Examples:
   unfreed report web.unfreed --debug-dir ./debug  with the symbols that are there
   unfreed report web.unfreed --format folded | inferno-flamegraph > web.svg")]
     Report(ReportRecording),
+    /// Begin a generation in a running session: what is allocated from now on is told apart
+    #[command(after_help = "\
+The session answers on a socket below /run/unfreed; SIGUSR1 to it does the same. From a mark on,
+reports say for each site what was allocated since and is not freed, the verdict is on that alone,
+and what each generation left behind is told at the end. Of a recording, `unfreed report FILE
+--generation NAME` makes the report of one, and `unfreed diff FILE FILE --generation ONE
+--generation ANOTHER` compares two.
+
+Examples:
+  unfreed mark                            in the only session that runs
+  unfreed mark warm                       a name for it
+  curl localhost/upload; unfreed mark     what did that leave behind?
+  unfreed mark --session 4711 loop-2      of several sessions, by the PID of its unfreed")]
+    Mark(Mark),
     /// Tell what is different between two recordings, site by site
     #[command(after_help = "\
-Sites are the same that go through the same places of the same binaries (by their build IDs). A leak is
-compared by how fast it grows, so that sessions may be of different lengths; everything else by what it
-holds. What chance makes as often as once in 20 times is no difference.
+Sites are the same that go through the same places of the same binaries (by their build IDs). A
+leak is compared by how fast it grows, so that sessions may be of different lengths; everything else
+by what it holds. What chance makes as often as once in 20 times is no difference.
 
 Examples:
   unfreed diff before.unfreed after.unfreed
@@ -593,9 +613,23 @@ pub struct ReportRecording {
     /// End of what is reported
     #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
     pub to: Option<Moment>,
+    /// Report what was allocated from this mark to the next
+    #[arg(long, value_name = "MARK", conflicts_with_all = ["from", "to"])]
+    pub generation: Option<String>,
     /// Reporting
     #[command(flatten)]
     pub report: ReportOptions,
+}
+
+/// `unfreed mark`.
+#[derive(Debug, ClapArgs)]
+pub struct Mark {
+    /// What the generation is called [default: its number]
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// The session, by the PID of its unfreed
+    #[arg(long, value_name = "PID", value_parser = pid)]
+    pub session: Option<u32>,
 }
 
 /// `unfreed diff`.
@@ -613,6 +647,9 @@ pub struct Diff {
     /// End of what is compared of each
     #[arg(long, value_name = "TIME", value_parser = Moment::parse, allow_hyphen_values = true)]
     pub to: Option<Moment>,
+    /// Compare what was allocated from this mark of each to the next; twice for one mark of BEFORE, and one of AFTER
+    #[arg(long, value_name = "MARK", conflicts_with_all = ["from", "to"])]
+    pub generation: Vec<String>,
     /// Show the N sites of a program that changed most (text only; JSON has them all)
     #[arg(short = 'T', long = "limit", value_name = "N", default_value = "10", value_parser = limit)]
     pub limit: usize,

@@ -122,7 +122,8 @@ impl Tally {
     }
 
     /// What was counted of blocks born since a time, at which this was counted by then.
-    fn since(&self, then: &Self, since_ns: u64) -> Self {
+    #[must_use]
+    pub fn since(&self, then: &Self, since_ns: u64) -> Self {
         let former_frees = self.former_frees.saturating_sub(then.former_frees);
         let former_freed_bytes = self
             .former_freed_bytes
@@ -458,6 +459,13 @@ impl History {
         self.since_ns
     }
 
+    /// What a site has counted since calls are recorded without a gap, by what it has counted in all.
+    #[must_use]
+    pub fn since(&self, id: SiteId, tally: &Tally) -> Tally {
+        let before = self.before.get(&id);
+        before.map_or_else(|| tally.clone(), |then| tally.since(then, self.since_ns))
+    }
+
     /// Takes in a look at all sites that have allocated something. Gives what changes by it.
     pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) -> Changes {
         self.last_ns = at_ns;
@@ -507,14 +515,10 @@ impl History {
     /// What is known of a site.
     fn site(&self, id: SiteId) -> Vec<Look<Tally>> {
         let looks = self.sites.get(&id).map_or(&[][..], |looks| looks.all());
-        let before = self.before.get(&id);
-        let unpacked = looks.iter().map(|look| {
-            let tally = look.seen.tally();
-            Look {
-                at_ns: look.at_ns,
-                until_ns: look.until_ns,
-                seen: before.map_or_else(|| tally.clone(), |then| tally.since(then, self.since_ns)),
-            }
+        let unpacked = looks.iter().map(|look| Look {
+            at_ns: look.at_ns,
+            until_ns: look.until_ns,
+            seen: self.since(id, &look.seen.tally()),
         });
         unpacked.collect()
     }

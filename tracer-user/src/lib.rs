@@ -14,6 +14,7 @@ pub mod bpf;
 pub mod calibrate;
 pub mod cgroup;
 pub mod commands;
+pub mod control;
 pub mod definitions;
 pub mod diagnostics;
 pub mod diff;

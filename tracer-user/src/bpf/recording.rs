@@ -7,7 +7,10 @@ use tracer_common::{
     sampling::MAX_RATES,
 };
 
-use super::{maps::MappedArray, tracer::Tracer};
+use super::{
+    maps::MappedArray,
+    tracer::{Tracer, monotonic_ns},
+};
 use crate::sampling;
 
 impl Tracer {
@@ -54,6 +57,16 @@ impl Tracer {
             intake_ends_ns: opened_ns + intake_ns,
             closes_ns: opened_ns + open_ns,
         });
+    }
+
+    /// Has blocks that are born from now on be told apart from those before. Gives when that was.
+    pub fn mark(&self) -> u64 {
+        let recording = self.recording.pointer(0);
+        let now_ns = monotonic_ns();
+        // SAFETY: an aligned field of a mapping that lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(&raw mut (*recording).since_ns) }
+            .store(now_ns, Ordering::SeqCst);
+        now_ns
     }
 
     /// Has nothing be recorded. To be called before the first probe is taken away.

@@ -11,7 +11,11 @@ use anyhow::{Context as _, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
-use super::{Interrupted, block_on, raise_file_limit, reading_tables, say};
+use super::{
+    Interrupted, block_on,
+    mark::{Requests, answer, begin_generation},
+    raise_file_limit, reading_tables, say,
+};
 use crate::{
     args::{Attach, ReportFormat, ReportOptions, TraceOptions},
     calibrate::{self, ProbeCost},
@@ -75,6 +79,7 @@ pub(super) fn hold_signals() -> anyhow::Result<Signals> {
         Signal::SIGTERM,
         Signal::SIGHUP,
         Signal::SIGQUIT,
+        Signal::SIGUSR1,
     ])
 }
 
@@ -395,17 +400,22 @@ async fn watch(
     let mut end = if has_begun { end_of_plan() } else { far };
     let mut tables = 0;
     let mut newcomers = Newcomers::new();
+    let mut requests = Requests::open();
     loop {
         tokio::select! {
             biased;
             signal = signals.next() => {
-                signal?;
+                if signal?.signal == Signal::SIGUSR1 {
+                    begin_generation(session, None);
+                    continue;
+                }
                 // It may have come this very moment.
                 session.drain();
                 ensure!(session.has_traced(), "no such process came");
                 return Ok(());
             }
             () = sleep_until(end) => return Ok(()),
+            asked = requests.next() => answer(session, asked),
             _ = ticks.tick() => {
                 session.tick()?;
                 newcomers.take_up(session, plan.trace.force);

@@ -15,14 +15,18 @@ use crate::{
 pub fn diff(args: &Options) -> anyhow::Result<ExitCode> {
     output::check(args.output.as_deref())?;
     let search = DebugFileSearch::new(args.debug_dir.clone());
-    let report = |path: &Path| -> anyhow::Result<Report> {
+    let report = |path: &Path, generation: Option<&String>| -> anyhow::Result<Report> {
         let recording = Recording::open(path)?;
-        let range = recording.range(args.from, args.to)?;
+        let range = match generation {
+            Some(mark) => recording.generation(mark)?,
+            None => recording.range(args.from, args.to)?,
+        };
         // Files have numbers of their own in each.
         let mut names = Names::new(Wrappers::new(args.wrapper.clone()));
         recording.report(range, None, &search, &mut names)
     };
-    let (before, after) = (report(&args.before)?, report(&args.after)?);
+    let (first, last) = (args.generation.first(), args.generation.last());
+    let (before, after) = (report(&args.before, first)?, report(&args.after, last)?);
     let [first, second] = [&args.before, &args.after].map(|path| path.display().to_string());
     let diff = Diff::of((&first, &before), (&second, &after));
     output::give(

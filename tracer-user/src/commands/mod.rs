@@ -4,6 +4,7 @@ pub mod attach;
 pub mod demo;
 pub mod diff;
 pub mod doctor;
+pub mod mark;
 pub mod report;
 pub mod run;
 pub mod top;
@@ -29,8 +30,8 @@ impl Interrupted {
     /// Fails if a signal has come that is to end us.
     fn check(signals: &Signals) -> anyhow::Result<()> {
         while let Some(signal) = signals.pending()? {
-            // Of a child that the host was tried out by.
-            if signal != Signal::SIGCHLD {
+            // Of a child that the host was tried out by, or a mark before there is anything to mark.
+            if !matches!(signal, Signal::SIGCHLD | Signal::SIGUSR1) {
                 return Err(Self(signal).into());
             }
         }
@@ -52,6 +53,7 @@ pub fn dispatch(args: &Args) -> ExitCode {
         Command::Report(args) => (report::report(args), 1),
         Command::Top(args) => (top::top(args), 1),
         Command::Diff(args) => (diff::diff(args), 1),
+        Command::Mark(args) => (mark::mark(args), 1),
         Command::Doctor(args) => (doctor::doctor(args), 1),
         Command::Demo(args) => (demo::demo(args), 1),
         Command::Symbolizer => (symbolizer(), 1),

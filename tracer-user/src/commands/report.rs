@@ -15,7 +15,10 @@ use crate::{
 pub fn report(args: &ReportRecording) -> anyhow::Result<ExitCode> {
     output::check(args.report.output.as_deref())?;
     let recording = Recording::open(&args.recording)?;
-    let range = recording.range(args.from, args.to)?;
+    let range = match &args.generation {
+        Some(mark) => recording.generation(mark)?,
+        None => recording.range(args.from, args.to)?,
+    };
     let left_out = recording.left_out();
     if left_out > 0 {
         say(format_args!(

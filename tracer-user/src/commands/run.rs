@@ -26,7 +26,13 @@ use nix::{
 use tokio::time::{Instant, sleep_until};
 use tracer_common::instance::{HELD, HELD_BY_LOADER};
 
-use super::{Interrupted, attach::tell_changes, block_on, raise_file_limit, reading_tables, say};
+use super::{
+    Interrupted,
+    attach::tell_changes,
+    block_on,
+    mark::{Requests, answer, begin_generation},
+    raise_file_limit, reading_tables, say,
+};
 use crate::{
     args::Run,
     calibrate,
@@ -73,6 +79,7 @@ async fn trace(args: &Run) -> anyhow::Result<Outcome> {
         Signal::SIGHUP,
         Signal::SIGQUIT,
         Signal::SIGCHLD,
+        Signal::SIGUSR1,
     ])?;
     let recording = args.trace.record.create()?;
     let nobody = Selection::of_pids(&[]);
@@ -252,6 +259,7 @@ impl Held<'_> {
 
     async fn follow_to_end(&mut self, signals: &Signals) -> anyhow::Result<()> {
         let mut ticks = tokio::time::interval(INTERVAL);
+        let mut requests = Requests::open();
         loop {
             self.notice()?;
             self.session.detach_ended();
@@ -260,7 +268,13 @@ impl Held<'_> {
             }
             let step = Instant::from_std(self.session.next_step());
             tokio::select! {
-                received = signals.next() => self.forward(received?),
+                received = signals.next() => match received? {
+                    Received { signal: Signal::SIGUSR1, .. } => {
+                        begin_generation(self.session, None);
+                    }
+                    received => self.forward(received),
+                },
+                asked = requests.next() => answer(self.session, asked),
                 event = self.session.event() => {
                     event?;
                     self.session.drain();

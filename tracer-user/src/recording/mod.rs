@@ -29,10 +29,15 @@ CREATE TABLE session (
     warmup_ns INTEGER,         -- --warmup
     left_out INTEGER NOT NULL  -- looks that found no room (--record-max)
 );
+CREATE TABLE mark (
+    number INTEGER PRIMARY KEY, -- in their order
+    name TEXT NOT NULL,
+    at_ns INTEGER NOT NULL      -- since the session began
+);
 CREATE TABLE process (
     number INTEGER PRIMARY KEY,
     account TEXT NOT NULL,     -- what it did, without sites, JSON
-    armed_ns INTEGER NOT NULL, -- when its calls began to be recorded, since the session began
+    armed_ns INTEGER NOT NULL, -- when its calls began to be recorded, since the session began; may be before that
     ran_before_ns INTEGER NOT NULL,
     since_ns INTEGER NOT NULL, -- since when calls were recorded without a gap
     last_ns INTEGER NOT NULL   -- when it was looked at last

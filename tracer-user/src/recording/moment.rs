@@ -63,6 +63,7 @@ impl Range {
         let range = Self {
             from: from.map(of).filter(|from| !from.is_zero()),
             to: to.map(of).filter(|to| *to < duration),
+            is_generation: false,
         };
         let (begin, end) = (range.from.unwrap_or_default(), range.to.unwrap_or(duration));
         ensure!(

@@ -25,6 +25,7 @@ use crate::{
     report::{Filters, RangeReport, Report},
     stacks::Stack,
     symbolize::{Names, debug_files::DebugFileSearch, symbols::Segment},
+    terminal::harmless,
 };
 
 /// A part of a session. Times are since it began.
@@ -34,6 +35,8 @@ pub struct Range {
     pub from: Option<Duration>,
     /// Its end, likewise.
     pub to: Option<Duration>,
+    /// Whether it begins at a mark: of blocks from before nothing is counted.
+    pub is_generation: bool,
 }
 
 /// A recording.
@@ -51,13 +54,24 @@ pub struct Recording {
 /// What is the same for all processes.
 struct Shared {
     stacks: HashMap<i64, Rc<Stack>>,
+    /// When there were marks, in nanoseconds since the session began.
+    marks: Vec<u64>,
+}
+
+/// A part of a process's time, in nanoseconds since it was armed.
+#[derive(Clone, Copy)]
+struct Part {
+    from_ns: u64,
+    to_ns: u64,
+    is_generation: bool,
 }
 
 /// A process as it is in the file.
 struct Process {
     number: u64,
     account: Account,
-    armed_ns: u64,
+    /// May be before the session.
+    armed_ns: i64,
     ran_before_ns: u64,
     since_ns: u64,
     last_ns: u64,
@@ -137,6 +151,36 @@ impl Recording {
         Range::between(from, to, &self.session.started, duration)
     }
 
+    /// What was allocated from a mark to the next one. Fails if there is no such mark.
+    pub fn generation(&self, name: &str) -> anyhow::Result<Range> {
+        let marks = self
+            .rows("SELECT name, at_ns FROM mark ORDER BY number", |row| {
+                Ok((row.get::<_, String>(0)?, unsigned(row, 1)?))
+            })
+            .with_context(|| damaged(&self.path))?;
+        // The last of that name.
+        let Some(index) = marks.iter().rposition(|(of, _)| of == name) else {
+            let names: Vec<_> = marks.iter().map(|(of, _)| harmless(of)).collect();
+            match names.is_empty() {
+                true => bail!(
+                    "{} has no marks (`unfreed mark` makes them)",
+                    self.path.display()
+                ),
+                false => bail!("there is no mark {name}, but {}", names.join(", ")),
+            }
+        };
+        let at = |index: usize| {
+            marks
+                .get(index)
+                .map(|(_, at_ns)| Duration::from_nanos(*at_ns))
+        };
+        Ok(Range {
+            from: at(index),
+            to: at(index + 1),
+            is_generation: true,
+        })
+    }
+
     /// A report of a part of the session, or of all of it. What the recording does not know of symbols is searched for.
     pub fn report(
         &self,
@@ -165,12 +209,22 @@ impl Recording {
         let mut running = Vec::new();
         let mut past = Past::default();
         for process in self.processes()? {
-            let end_ns = process.armed_ns.saturating_add(process.last_ns);
-            if process.armed_ns > to_ns || (process.account.end.is_some() && end_ns < from_ns) {
+            // Since it was armed.
+            let since_armed = |ns: u64| {
+                let since = i128::from(ns) - i128::from(process.armed_ns);
+                u64::try_from(since.max(0)).unwrap_or(u64::MAX)
+            };
+            let part = Part {
+                from_ns: since_armed(from_ns),
+                to_ns: since_armed(to_ns),
+                is_generation: range.is_generation,
+            };
+            let has_ended = process.account.end.is_some() && process.last_ns < part.from_ns;
+            if has_ended || i128::from(process.armed_ns) > i128::from(to_ns) {
                 continue;
             }
             let number = process.number;
-            let account = self.account(process, (from_ns, to_ns), &judging, &shared)?;
+            let account = self.account(process, part, &judging, &shared)?;
             match account.end {
                 Some(_) => past.add(number, account),
                 None => running.push((number, account)),
@@ -276,7 +330,8 @@ impl Recording {
             let stack = Stack::recorded(locations, ending, is_sampled);
             stacks.insert(id, Rc::new(stack));
         }
-        Ok(Shared { stacks })
+        let marks = self.rows("SELECT at_ns FROM mark", |row| unsigned(row, 0))?;
+        Ok(Shared { stacks, marks })
     }
 
     fn processes(&self) -> anyhow::Result<Vec<Process>> {
@@ -286,12 +341,13 @@ impl Recording {
                 Ok((
                     row.get::<_, String>(1)?,
                     unsigned(row, 0)?,
-                    [unsigned(row, 2)?, unsigned(row, 3)?, unsigned(row, 4)?, unsigned(row, 5)?],
+                    row.get::<_, i64>(2)?,
+                    [unsigned(row, 3)?, unsigned(row, 4)?, unsigned(row, 5)?],
                 ))
             },
         )?;
-        let process = |(account, number, times): (String, u64, [u64; 4])| {
-            let [armed_ns, ran_before_ns, since_ns, last_ns] = times;
+        let process = |(account, number, armed_ns, times): (String, u64, i64, [u64; 3])| {
+            let [ran_before_ns, since_ns, last_ns] = times;
             Ok(Process {
                 number,
                 account: json(&account)?,
@@ -304,18 +360,20 @@ impl Recording {
         rows.into_iter().map(process).collect()
     }
 
-    /// What a process did from one time to another, in nanoseconds since the session began.
+    /// What a process did in a part of its time.
     fn account(
         &self,
         process: Process,
-        (from_ns, to_ns): (u64, u64),
+        part: Part,
         judging: &Judging,
         shared: &Shared,
     ) -> anyhow::Result<Account> {
         let number = process.number.cast_signed();
-        // Since it was armed.
-        let from_ns = from_ns.saturating_sub(process.armed_ns);
-        let to_ns = to_ns.saturating_sub(process.armed_ns);
+        let Part {
+            from_ns,
+            to_ns,
+            is_generation,
+        } = part;
         let sites: HashMap<i64, Site> = self
             .rows_of(
                 "SELECT id, hash, family, stack, leak, counted FROM site WHERE process = ?",
@@ -374,6 +432,7 @@ impl Recording {
             };
             let Some(counted) = counted else { continue };
             let counted = match counted_by(looks, from_ns) {
+                Some(before) if is_generation => counted.since(&before, from_ns),
                 Some(before) if from_ns > 0 => counted.more_than(&before),
                 _ => counted,
             };
@@ -387,10 +446,20 @@ impl Recording {
             };
             accounts.insert(site.id, SiteAccount::new(place, &counted));
         }
+        // Before a mark there was no gap.
+        let is_part = from_ns > 0 || !is_whole;
+        let since_begin = process.armed_ns.saturating_add_unsigned(process.since_ns);
+        let is_mark = shared
+            .marks
+            .iter()
+            .any(|mark| mark.cast_signed() == since_begin);
         let kept = Kept {
             work,
             sites: looks,
-            since_ns: process.since_ns,
+            since_ns: match is_part && is_mark {
+                true => 0,
+                false => process.since_ns,
+            },
             last_ns: process.last_ns,
         };
         let ran_before = Duration::from_nanos(process.ran_before_ns);

@@ -87,8 +87,8 @@ pub struct Seen<'a> {
     pub number: u64,
     /// What it did, without sites.
     pub account: &'a Account,
-    /// When its calls began to be recorded, in nanoseconds since the session began.
-    pub armed_ns: u64,
+    /// When its calls began to be recorded, in nanoseconds since the session began; it may have been before that.
+    pub armed_ns: i64,
     /// How long it had run by then.
     pub ran_before: Duration,
     /// Since when calls were recorded without a gap, in nanoseconds since it was armed.
@@ -243,6 +243,11 @@ impl Recorder {
                 .gone_sites
                 .extend(gone.map(|(_, site)| (seen.number, site.id)));
         }
+    }
+
+    /// Takes in a mark, in nanoseconds since the session began.
+    pub fn mark(&mut self, name: &str, at_ns: u64) {
+        self.batch.marks.push((name.to_owned(), at_ns));
     }
 
     /// No more comes of a process.

@@ -9,6 +9,8 @@ use crate::history::Work;
 pub(super) struct Batch {
     pub(super) session: Option<SessionRow>,
     pub(super) processes: Vec<ProcessRow>,
+    /// Names and times of marks.
+    pub(super) marks: Vec<(String, u64)>,
     pub(super) modules: Vec<ModuleRow>,
     pub(super) places: Vec<PlaceRow>,
     pub(super) stacks: Vec<StackRow>,
@@ -42,7 +44,7 @@ pub(super) struct SessionRow {
 pub(super) struct ProcessRow {
     pub(super) number: u64,
     pub(super) account: String,
-    pub(super) armed_ns: u64,
+    pub(super) armed_ns: i64,
     pub(super) ran_before_ns: u64,
     pub(super) since_ns: u64,
     pub(super) last_ns: u64,

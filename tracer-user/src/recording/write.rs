@@ -252,11 +252,15 @@ fn write(to: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
         .execute(params![
             signed(row.number),
             row.account,
-            signed(row.armed_ns),
+            row.armed_ns,
             signed(row.ran_before_ns),
             signed(row.since_ns),
             signed(row.last_ns)
         ])?;
+    }
+    for (name, at_ns) in &batch.marks {
+        to.prepare_cached("INSERT INTO mark (name, at_ns) VALUES (?, ?)")?
+            .execute(params![name, signed(*at_ns)])?;
     }
     for row in &batch.modules {
         to.prepare_cached("INSERT INTO module VALUES (?, ?, ?, ?, ?)")?

@@ -27,6 +27,7 @@ use units::duration;
 use crate::{
     args::{ReportFormat, ReportOptions},
     discover::labels::Labels,
+    history::Tally,
     memory::{Exhaustion, MemoryReport},
     output,
     own_use::OwnUse,
@@ -62,6 +63,9 @@ pub struct Report {
     pub range: Option<RangeReport>,
     /// What was left out on the user's wish.
     pub filters: Filters,
+    /// What was allocated from one mark to the next, over all processes that run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub generations: Vec<GenerationReport>,
     /// How the budget of overhead was kept, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<BudgetReport>,
@@ -95,6 +99,23 @@ pub struct Report {
     /// The sums of those before, one a program.
     #[serde(skip)]
     pub sums: Vec<ProcessReport>,
+}
+
+/// What was allocated from a mark on, to the next one or to the end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerationReport {
+    /// What the mark is called.
+    pub name: String,
+    /// When it came, in seconds since tracing began.
+    pub from_s: f64,
+    /// When the next one did, or the end.
+    pub to_s: f64,
+    /// Blocks that were allocated in between.
+    pub allocs: u64,
+    /// Of these, not freed by then.
+    pub live_blocks: u64,
+    /// Their bytes.
+    pub live_bytes: u64,
 }
 
 /// A part of a session.
@@ -330,6 +351,9 @@ pub struct SiteReport {
     pub live_blocks: u64,
     /// Bytes not freed.
     pub live_bytes: u64,
+    /// Of all that, since the last mark; null if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since_mark: Option<SinceMark>,
     /// What becomes of its blocks.
     pub verdict: Verdict,
     /// How sure that is, from 0 to 1.
@@ -360,6 +384,52 @@ pub struct SiteReport {
     /// Whether its outer frames are those of one call only, and others may have come another way.
     #[serde(default, skip_serializing_if = "is_false")]
     pub stack_sampled: bool,
+}
+
+/// What was allocated at a site since the last mark.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SinceMark {
+    /// Blocks allocated.
+    pub allocs: u64,
+    /// Of these, freed.
+    pub frees: u64,
+    /// Of these, not freed.
+    pub live_blocks: u64,
+    /// Their bytes.
+    pub live_bytes: u64,
+}
+
+impl SinceMark {
+    /// Of what was counted since.
+    #[must_use]
+    pub const fn of(tally: &Tally) -> Self {
+        Self {
+            allocs: tally.allocs,
+            frees: tally.frees,
+            live_blocks: tally.live_blocks(),
+            live_bytes: tally.live_bytes(),
+        }
+    }
+
+    /// That of two processes, or two parts of a site.
+    #[must_use]
+    pub const fn join(self, other: Self) -> Self {
+        Self {
+            allocs: self.allocs + other.allocs,
+            frees: self.frees + other.frees,
+            live_blocks: self.live_blocks + other.live_blocks,
+            live_bytes: self.live_bytes + other.live_bytes,
+        }
+    }
+
+    /// That of two, as far as there are.
+    #[must_use]
+    pub fn join_all(ours: Option<Self>, theirs: Option<Self>) -> Option<Self> {
+        match (ours, theirs) {
+            (Some(ours), Some(theirs)) => Some(ours.join(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        }
+    }
 }
 
 #[expect(
@@ -452,6 +522,7 @@ impl SiteReport {
         self.live_blocks += other.live_blocks;
         self.live_bytes += other.live_bytes;
         self.missed_frees += other.missed_frees;
+        self.since_mark = SinceMark::join_all(self.since_mark, other.since_mark);
         match (&mut self.leak_rate, &other.leak_rate) {
             (Some(ours), Some(theirs)) => ours.join(theirs),
             (ours, Some(theirs)) => *ours = Some(theirs.clone()),
@@ -560,6 +631,7 @@ pub(crate) mod tests {
             duration_s: 1.5,
             mode: "exact".into(),
             range: None,
+            generations: Vec::new(),
             filters: Filters::default(),
             budget: Some(BudgetReport::default()),
             windows: Some(WindowsReport::default()),

@@ -10,10 +10,10 @@ use tracer_common::{
 
 use super::{BudgetReport, Session};
 use crate::{
-    account::{Account, Ages, Figures},
+    account::{Account, Ages, Figures, SiteId},
     assembly::assemble,
     bpf::tracer::monotonic_ns,
-    history::Work,
+    history::{Tally, Work},
     recording::{Seen, Step},
     report::{Filters, HostFacts, Report, SCHEMA},
     target::Target,
@@ -104,6 +104,7 @@ impl Session {
             sees_vfork: self.sees_vfork(target.instance),
             definitions: &self.definitions,
             judging: &self.judging,
+            is_marked: self.is_marked(),
         };
         Account {
             exhaustion: self.exhaustion(target),
@@ -160,6 +161,7 @@ impl Session {
                 sees_vfork,
                 definitions: &self.definitions,
                 judging: &self.judging,
+                is_marked: false,
             };
             let tallies = figures.tallies();
             let work = Work {
@@ -183,7 +185,10 @@ impl Session {
                         exhaustion,
                         ..Account::facts(target, &figures)
                     },
-                    armed_ns: state.armed_at_ns.saturating_sub(self.started_ns),
+                    armed_ns: state
+                        .armed_at_ns
+                        .wrapping_sub(self.started_ns)
+                        .cast_signed(),
                     ran_before: target.ran_before(),
                     since_ns,
                     at_ns,
@@ -194,6 +199,32 @@ impl Session {
                 });
             }
         }
+    }
+
+    /// What the sites of an instance have counted since the last mark.
+    pub(super) fn since_mark(
+        &self,
+        target: &Target,
+        sites: &[(u32, Site)],
+    ) -> HashMap<SiteId, Tally> {
+        let (ages, leaks) = (HashMap::new(), HashMap::new());
+        let figures = Figures {
+            state: &self.tracer.instance(target.instance),
+            sites,
+            leaks: &leaks,
+            was_windowed: false,
+            sees_all_blocks: true,
+            stacks: &self.stacks,
+            ages: &ages,
+            now_ns: 0,
+            sees_vfork: false,
+            definitions: &self.definitions,
+            judging: &self.judging,
+            is_marked: true,
+        };
+        let tallies = figures.tallies();
+        let since = |(id, tally): (SiteId, Tally)| (id, target.history.since(id, &tally));
+        tallies.into_iter().map(since).collect()
     }
 
     /// Whether every block is in the figures, or stood for by others.
@@ -276,6 +307,7 @@ impl Session {
             duration_s: (now_ns.saturating_sub(self.started_ns)) as f64 / 1e9,
             mode: mode.into(),
             range: None,
+            generations: self.generations(now_ns),
             filters: Filters {
                 sample_bytes: self.sampled_bytes,
                 ..self.filters.clone()

@@ -7,6 +7,7 @@ mod ending;
 mod events;
 mod figures;
 mod looks;
+mod marks;
 mod meters;
 mod missing;
 mod pace;
@@ -30,6 +31,7 @@ use tracer_common::{
 
 pub use figures::Depth;
 use looks::Looks;
+use marks::Mark;
 use pace::Pace;
 pub use pace::{BudgetReport, GearChange};
 pub use regime::WindowsReport;
@@ -124,6 +126,7 @@ pub struct Session {
     limits: Limits,
     judging: Judging,
     recorder: Option<Recorder>,
+    marks: Vec<Mark>,
 }
 
 impl Session {
@@ -237,6 +240,7 @@ impl Session {
             },
             sampled_bytes: trace.sample_bytes,
             recorder: None,
+            marks: Vec::new(),
         })
     }
 

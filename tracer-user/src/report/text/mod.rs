@@ -2,6 +2,7 @@
 
 mod honesty;
 mod interim;
+mod marks;
 mod memory;
 mod verdict;
 
@@ -11,6 +12,7 @@ pub(super) use interim::write_interim;
 
 use self::{
     honesty::write_honesty,
+    marks::{write_generations, write_since_mark},
     memory::write_memory,
     verdict::{write_leaks, write_verdict},
 };
@@ -64,6 +66,7 @@ pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Re
         }
     }
     write_idle(&idle, to)?;
+    write_generations(report, to)?;
     write_honesty(report, to)
 }
 
@@ -730,6 +733,7 @@ fn write_site(
         Some(rate) => write_leak(rate, to)?,
         None => write_verdict(site, to)?,
     }
+    write_since_mark(report, site, to)?;
     write_frames(&site.stack, to)?;
     if site.stack.is_empty() {
         writeln!(to, "       (stacks that found no room in the site table)")?;
