@@ -215,7 +215,8 @@ impl Recording {
                 u64::try_from(since.max(0)).unwrap_or(u64::MAX)
             };
             let part = Part {
-                from_ns: since_armed(from_ns),
+                // It may have been armed before the session's clock began.
+                from_ns: range.from.map_or(0, |_| since_armed(from_ns)),
                 to_ns: since_armed(to_ns),
                 is_generation: range.is_generation,
             };
