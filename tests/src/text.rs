@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::FileExt as _,
+    path::PathBuf,
 };
 
 /// What a breakpoint is on x86-64.
@@ -62,6 +63,14 @@ fn parse(line: &str) -> Option<Mapping> {
         file_offset,
         path: words.collect::<Vec<_>>().join(" "),
     })
+}
+
+/// The file whose code a process has at an address.
+#[must_use]
+pub fn file_at(pid: u32, address: u64) -> Option<PathBuf> {
+    let mapping = |mapping: &Mapping| (mapping.start..mapping.end).contains(&address);
+    let found = mappings(pid).ok()?.into_iter().find(mapping)?;
+    Some(found.path.into())
 }
 
 /// Reads as much as there is.

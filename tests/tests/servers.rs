@@ -7,7 +7,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
+    thread,
+    time::Duration,
 };
 
 use unfreed_tests::{
@@ -170,22 +171,60 @@ fn nothing_stays_in_a_busy_nginx_when_unfreed_is_killed() {
     }
 }
 
-/// Waits until a process has used no CPU time for a while, shorter than between what servers do now and then.
-fn wait_until_at_rest(pid: u32) {
+/// Stops a process while none of its threads is inside of an allocator: one that used no CPU time for a
+/// while, longer than an allocator waits and shorter than between what servers do now and then; one that
+/// waits for events; or one that is in code of the program itself. Threads of yrmcds may spin in these two
+/// when there is nothing more to do.
+fn stop_at_rest(pid: u32) {
     const WHILE: Duration = Duration::from_millis(40);
-    let cpu_time = || {
-        let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the server is there");
-        threads
-            .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("schedstat")).ok())
-            .collect::<Vec<String>>()
+    let threads = || {
+        fs::read_dir(format!("/proc/{pid}/task"))
+            .expect("the server is there")
+            .filter_map(|thread| Some(thread.ok()?.path()))
     };
-    let mut known = (cpu_time(), Instant::now());
+    let cpu_times = || -> BTreeMap<PathBuf, String> {
+        threads()
+            .filter_map(|thread| {
+                let text = fs::read_to_string(thread.join("schedstat")).ok()?;
+                Some((thread, text))
+            })
+            .collect()
+    };
+    let program = fs::read_link(format!("/proc/{pid}/exe")).expect("the server is there");
+    let is_outside = |thread: &Path| {
+        let text = fs::read_to_string(thread.join("syscall")).expect("the thread is there");
+        let (call, arguments) = text.split_once(' ')?;
+        let is_outside = if call == "-1" {
+            // The last of what is told of a thread that is in no system call is its instruction pointer.
+            let pointer = arguments.trim().rsplit("0x").next()?;
+            let pointer = u64::from_str_radix(pointer, 16).ok()?;
+            text::file_at(pid, pointer)? == program
+        } else {
+            call == libc::SYS_epoll_wait.to_string()
+        };
+        is_outside.then_some(())
+    };
     wait::until_true("the server is at rest", wait::LONG, || {
-        let now = cpu_time();
-        if now != known.0 {
-            known = (now, Instant::now());
+        let before = cpu_times();
+        thread::sleep(WHILE);
+        let after = cpu_times();
+        signal(pid, libc::SIGSTOP);
+        wait::until_true("the server stops", wait::LONG, || {
+            threads().all(|thread| {
+                fs::read_to_string(thread.join("stat")).is_ok_and(|text| text.contains(") T "))
+            })
+        });
+        let is_at_rest = threads().all(|thread| {
+            let used_none =
+                after.contains_key(&thread) && before.get(&thread) == after.get(&thread);
+            used_none || is_outside(&thread).is_some()
+        });
+        if !is_at_rest {
+            signal(pid, libc::SIGCONT);
+            // What it interrupted is begun anew.
+            thread::sleep(WHILE);
         }
-        known.1.elapsed() > WHILE
+        is_at_rest
     });
 }
 
@@ -195,10 +234,10 @@ fn assert_nothing_missed_from_the_start(plan: Plan, load: impl FnOnce(u16)) {
     let _turn = machine::take();
     let (session, port) = plan.run();
     load(port);
-    // Not every server ends whenever it is told to: a worker of yrmcds may spin instead. One that is killed
-    // inside of a call leaves that, so it is to have done with the connections that were closed.
+    // Not every server ends whenever it is told to, and one that is killed inside of a call leaves that: it is
+    // to have done with the connections that were closed.
     for server in children_of(session.process.pid()) {
-        wait_until_at_rest(server);
+        stop_at_rest(server);
         signal(server, libc::SIGKILL);
     }
     let outcome = session.finish();
