@@ -20,9 +20,9 @@ use super::{
 
 /// What a program did in a while.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Period {
+pub(crate) struct Period {
     /// Operations a second of the wall's clock.
-    pub(super) per_s: f64,
+    pub(crate) per_s: f64,
     /// CPU time of the program for one.
     pub(super) cpu_ns: f64,
     /// What 99 of 100 operations took at most, where that is known.
@@ -62,8 +62,11 @@ pub(super) trait Load {
     fn rest(&mut self) {}
 }
 
+/// Starts a program, with a directory of its own.
+pub(crate) type Starts = fn(&Path) -> Result<Box<dyn Running>>;
+
 /// A program that runs until it is dropped.
-pub(super) trait Running {
+pub(crate) trait Running {
     /// The process that does the work.
     fn pid(&self) -> u32;
 

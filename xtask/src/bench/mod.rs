@@ -26,8 +26,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 
-pub(crate) use self::short::stage;
 use self::table::Report;
+pub(crate) use self::{
+    load::{Running, Starts},
+    short::stage,
+};
 use crate::{cmd, setup};
 
 /// Arguments of the task.
@@ -199,10 +202,13 @@ fn prepare() -> Result<PathBuf> {
 }
 
 /// Names another unfreed to measure, an earlier one for instance; as in the tests.
-const OTHER: &str = "UNFREED_BIN";
+pub(crate) const OTHER: &str = "UNFREED_BIN";
+
+/// Real programs that do not leak, by name, and how each is started and works.
+pub(crate) const SOUND: &[(&str, Starts)] = &programs::SOUND;
 
 /// The program that is measured.
-fn unfreed() -> Result<std::process::Command> {
+pub(crate) fn unfreed() -> Result<std::process::Command> {
     if let Some(other) = std::env::var_os(OTHER) {
         return Ok(std::process::Command::new(other));
     }

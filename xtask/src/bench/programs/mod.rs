@@ -2,10 +2,12 @@
 
 mod gcc;
 pub(super) mod nginx;
+mod node;
 mod postgres;
 pub(super) mod redis;
 mod reporting;
 mod server;
+mod wrk;
 
 use std::path::Path;
 
@@ -13,7 +15,7 @@ use anyhow::Result;
 
 use super::{
     expect_known,
-    load::Load,
+    load::{Load, Starts},
     rounds::{self, Rounds, cpu, p99, throughput},
     table::{Claim, Limit, Report, Table, figure, times},
     way::Way,
@@ -44,6 +46,15 @@ const PROGRAMS: [(&str, Make); 8] = [
     ("sqlite", reporting::sqlite),
     ("server-rust", reporting::rust),
     ("server-cpp", reporting::cpp),
+];
+
+/// Programs that do not leak, each for one job.
+pub(super) const SOUND: [(&str, Starts); 5] = [
+    ("redis", |_| redis::cache()),
+    ("nginx", |_| nginx::sound()),
+    ("postgres", |_| postgres::sound()),
+    ("python", reporting::sound_python),
+    ("node", |_| node::sound()),
 ];
 
 /// One of the programs.

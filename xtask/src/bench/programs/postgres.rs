@@ -37,7 +37,7 @@ const REPORT: &str = "\\set first random(1, 99900)\n\
 pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
     let template = Arc::new(Template::make()?);
     let start = move |way: Way| -> Result<Box<dyn Running>> {
-        Ok(Box::new(Postgres::start(way, &template)?))
+        Ok(Box::new(Postgres::start(way, &template, Asked::Reports)?))
     };
     let mut load = Attachable::new(
         "PostgreSQL",
@@ -50,6 +50,19 @@ pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
         "does not follow the fork of the process that serves a connection",
     )];
     Ok(Box::new(load))
+}
+
+/// PostgreSQL that is asked for all that pgbench has.
+pub(super) fn sound() -> Result<Box<dyn Running>> {
+    let started = Postgres::start(Way::Native, &Template::make()?, Asked::ReportsAndUpdates)?;
+    Ok(Box::new(started))
+}
+
+/// What pgbench asks for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Reports,
+    ReportsAndUpdates,
 }
 
 /// A database that is copied for each server.
@@ -92,7 +105,7 @@ struct Postgres {
 }
 
 impl Postgres {
-    fn start(way: Way, template: &Template) -> Result<Self> {
+    fn start(way: Way, template: &Template, asked: Asked) -> Result<Self> {
         let directory = nobodys_directory("postgres")?;
         cmd::capture(
             Command::new("cp")
@@ -106,7 +119,11 @@ impl Postgres {
         let mut command = pgbench(&template.programs, &directory.0);
         command
             .args(["-n", "-c1", "-T100000", "-l", "-f"])
-            .arg(script)
+            .arg(script);
+        if asked == Asked::ReportsAndUpdates {
+            command.args(["-b", "tpcb-like"]);
+        }
+        command
             .arg("postgres")
             .stdout(Stdio::null())
             .stderr(Stdio::null());

@@ -20,12 +20,36 @@ use crate::{
     cmd,
 };
 
-const TESTS: &str = "set,get,lpush,lpop,hset";
-const COUNT: f64 = 5.0;
+/// How it is set, and what it is asked.
+struct Use {
+    settings: &'static [&'static str],
+    tests: &'static str,
+    /// Of `tests`.
+    count: f64,
+    /// Different keys, at random.
+    keys: &'static str,
+}
+
+/// A few keys, over and over.
+const STORE: Use = Use {
+    settings: &[],
+    tests: "set,get,lpush,lpop,hset",
+    count: 5.0,
+    keys: "1000",
+};
+
+/// More keys than it may keep: it fills, and then evicts those that were not used for long.
+const CACHE: Use = Use {
+    settings: &["--maxmemory", "128mb", "--maxmemory-policy", "allkeys-lru"],
+    tests: "set,get",
+    count: 2.0,
+    keys: "10000000",
+};
 
 /// redis as a load.
 pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
-    let start = |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Redis::start(way, None)?)) };
+    let start =
+        |way: Way| -> Result<Box<dyn Running>> { Ok(Box::new(Redis::start(way, &STORE, None)?)) };
     Ok(Box::new(Attachable::new(
         "redis",
         "commands of redis-benchmark",
@@ -34,20 +58,26 @@ pub(super) fn load(directory: &Path) -> Result<Box<dyn Load>> {
     )))
 }
 
+/// redis as a cache of limited size.
+pub(super) fn cache() -> Result<Box<dyn Running>> {
+    Ok(Box::new(Redis::start(Way::Native, &CACHE, None)?))
+}
+
 /// redis, which leaks.
 pub(in crate::bench) fn leaking(leak: &Preloaded) -> Result<Box<dyn Running>> {
-    Ok(Box::new(Redis::start(Way::Native, Some(leak))?))
+    Ok(Box::new(Redis::start(Way::Native, &STORE, Some(leak))?))
 }
 
 struct Redis {
     server: Server,
     port: u16,
+    used: &'static Use,
     /// Commands a second, as of late.
     rate: f64,
 }
 
 impl Redis {
-    fn start(way: Way, leak: Option<&Preloaded>) -> Result<Self> {
+    fn start(way: Way, used: &'static Use, leak: Option<&Preloaded>) -> Result<Self> {
         let program = cmd::find_program("redis-server").context("failed to find redis-server")?;
         let directory = Directory::new("redis")?;
         let port = free_port()?;
@@ -55,6 +85,7 @@ impl Redis {
         words.extend(["--port", &port.to_string(), "--bind", "127.0.0.1"].map(OsString::from));
         words.extend(["--save", "", "--appendonly", "no", "--daemonize", "no"].map(OsString::from));
         words.extend(["--dir".into(), directory.0.clone().into()]);
+        words.extend(used.settings.iter().map(OsString::from));
         let mut command = way.wrap(&words, &directory.0);
         if let Some(leak) = leak {
             leak.give_to(&mut command);
@@ -71,6 +102,7 @@ impl Redis {
         Ok(Self {
             server,
             port,
+            used,
             rate: 10_000.0,
         })
     }
@@ -87,21 +119,28 @@ impl Running for Redis {
 
     fn work(&mut self, time: Duration) -> Result<Period> {
         // Of each test.
-        let requests = (self.rate * time.as_secs_f64() / COUNT)
+        let requests = (self.rate * time.as_secs_f64() / self.used.count)
             .clamp(200.0, 200_000.0)
             .round();
         let before = process::cpu_ns(self.server.pid)?;
         let mut command = Command::new("redis-benchmark");
         command
-            .args(["-p", &self.port.to_string(), "-t", TESTS, "--csv"])
-            .args(["-n", &requests.to_string(), "-r", "1000", "-d", "200"])
+            .args(["-p", &self.port.to_string(), "-t", self.used.tests, "--csv"])
+            .args([
+                "-n",
+                &requests.to_string(),
+                "-r",
+                self.used.keys,
+                "-d",
+                "200",
+            ])
             .args(["-c", "10"])
             .stderr(Stdio::null());
         let said = cmd::capture(&mut command)?;
         let cpu_ns = process::cpu_ns(self.server.pid)? - before;
         let results = results(&said);
         ensure!(
-            results.len() as f64 >= COUNT,
+            results.len() as f64 >= self.used.count,
             "redis-benchmark said: {said}"
         );
         let seconds: f64 = results.iter().map(|(rate, _)| requests / rate).sum();

@@ -7,7 +7,8 @@ use anyhow::{Context as _, Result};
 use crate::{
     bench::{
         fixture,
-        load::{Attachable, Lines, Load},
+        load::{Attachable, Lines, Load, Running},
+        way::Way,
     },
     cmd,
 };
@@ -32,19 +33,31 @@ fn of(
 
 /// JSON and regular expressions in Python.
 pub(super) fn python(directory: &Path) -> Result<Box<dyn Load>> {
+    Ok(of(
+        "python3",
+        "documents as JSON and by regular expressions",
+        directory,
+        python_words()?,
+    ))
+}
+
+/// The same, started.
+pub(super) fn sound_python(directory: &Path) -> Result<Box<dyn Running>> {
+    let started = Lines::start(Way::Native, &python_words()?, directory)?;
+    Ok(Box::new(started))
+}
+
+fn python_words() -> Result<Vec<OsString>> {
     let program = Path::new("/usr/bin/python3");
     let program = program
         .exists()
         .then(|| program.to_owned())
         .or_else(|| cmd::find_program("python3"))
         .context("failed to find python3")?;
-    let words = vec![program.into(), fixture::source("json_regex.py").into()];
-    Ok(of(
-        "python3",
-        "documents as JSON and by regular expressions",
-        directory,
-        words,
-    ))
+    Ok(vec![
+        program.into(),
+        fixture::source("json_regex.py").into(),
+    ])
 }
 
 /// A database in memory.
