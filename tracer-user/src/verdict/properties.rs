@@ -78,6 +78,18 @@ proptest! {
     }
 
     #[test]
+    fn sizes_that_differ_by_chance_never_leak(seed: u64, per_s in 1.0..60.0, life_s in 0.001..6.0) {
+        let mut blocks = mixed(seed, per_s, 150.0, life_s, 0.0);
+        let mut random = Random::new(!seed);
+        for block in &mut blocks {
+            // Many small ones and few large ones.
+            block.bytes = random.exponential(1.0).powi(3).mul_add(1000.0, 16.0) as u64;
+        }
+        let judgement = judged(&blocks, 150.0);
+        prop_assert!(!judgement.verdict.is_leak(), "{judgement:?}");
+    }
+
+    #[test]
     fn what_is_forgotten_evenly_leaks_at_the_rate_that_is_told(
         seed: u64, per_s in 4.0..60.0, life_s in 0.001..0.2, leaked in 0.25..1.0,
     ) {

@@ -20,6 +20,8 @@ const SLOWER: f64 = 0.5;
 const LEVEL: f64 = 0.1;
 /// Growth that comes in fewer steps can be an accident.
 const LEAST_STEPS: f64 = 4.0;
+/// Blocks are replaced by larger ones where at least this part of all that their mean size changed by is its rise.
+const LARGER: f64 = 0.5;
 /// What stays of the same work: less than this part of what did before is slower, and less than that is full soon.
 const SLOWING: f64 = 0.75;
 const STOPPING: f64 = 0.5;
@@ -119,7 +121,7 @@ pub(super) struct Growing {
     pub(super) blocks: f64,
     /// Those of the second half of the session.
     pub(super) recent_blocks: f64,
-    /// Whether it is not the blocks that become more.
+    /// Whether the blocks become no more, but larger.
     pub(super) by_size: bool,
     pub(super) confidence: f64,
 }
@@ -185,7 +187,8 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
         };
     }
     let blocks = last.live_blocks - first.live_blocks;
-    let by_size = blocks < LEVEL * last.live_blocks && last.allocs > first.allocs;
+    let by_size =
+        blocks < LEVEL * last.live_blocks && last.allocs > first.allocs && become_larger(rest);
     let steps = steps(rest);
     if steps < LEAST_STEPS {
         return Course::Unsteady {
@@ -325,6 +328,18 @@ impl Line {
             residue: (lives - slope * products).max(0.0),
         }
     }
+}
+
+/// Whether blocks are replaced by larger ones. What comes and goes has a mean size that goes up and down: by chance it is
+/// higher at the end, but by little of all that it changed.
+fn become_larger(samples: &[Sample]) -> bool {
+    let means = samples.windows(2).map(|pair| {
+        [&pair[0], &pair[1]].map(|sample| sample.live_bytes / sample.live_blocks.max(1.0))
+    });
+    let (rise, changes) = means.fold((0.0, 0.0), |(rise, changes), [one, next]| {
+        (rise + (next - one), changes + (next - one).abs())
+    });
+    changes > 0.0 && rise >= LARGER * changes
 }
 
 /// In how many steps of the same size the growth would have come: (Σd)²/Σd².
