@@ -1,6 +1,6 @@
 //! What holds for every site, whatever it does.
 
-use proptest::{collection::vec, prelude::*};
+use proptest::{collection::vec, prelude::*, test_runner::RngSeed};
 use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS};
 
 use super::{
@@ -50,8 +50,9 @@ fn is_sound(judgement: &Judgement) -> bool {
         && (!judgement.verdict.is_leak() || judgement.confidence >= LEAST_CONFIDENCE)
 }
 
+// Chance has its part in these, and verdicts are wrong once in some ten thousand such sites. So it is the same every time.
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() })]
 
     #[test]
     fn larger_blocks_are_judged_alike(
@@ -101,6 +102,9 @@ proptest! {
         prop_assert!((growth.bytes_per_s / truth - 1.0).abs() < 0.35, "{truth}: {judgement:?}");
     }
 
+}
+
+proptest! {
     #[test]
     fn whatever_was_counted_is_judged(
         counted in vec((1_u64..10_000_000_000, tally()), 1..60), ran_before_ns: u64, missed: u64,

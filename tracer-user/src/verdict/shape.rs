@@ -22,6 +22,8 @@ const LEVEL: f64 = 0.1;
 const LEAST_STEPS: f64 = 4.0;
 /// Blocks are replaced by larger ones where at least this part of all that their mean size changed by is its rise.
 const LARGER: f64 = 0.5;
+/// And where its course is as much of a trend as this, of 1.
+const EVER_LARGER: f64 = 0.8;
 /// What stays of the same work: less than this part of what did before is slower, and less than that is full soon.
 const SLOWING: f64 = 0.75;
 const STOPPING: f64 = 0.5;
@@ -331,15 +333,19 @@ impl Line {
 }
 
 /// Whether blocks are replaced by larger ones. What comes and goes has a mean size that goes up and down: by chance it is
-/// higher at the end, but by little of all that it changed.
+/// higher at the end, but by little of all that it changed; or it was even, and a few large blocks came last.
 fn become_larger(samples: &[Sample]) -> bool {
-    let means = samples.windows(2).map(|pair| {
-        [&pair[0], &pair[1]].map(|sample| sample.live_bytes / sample.live_blocks.max(1.0))
-    });
-    let (rise, changes) = means.fold((0.0, 0.0), |(rise, changes), [one, next]| {
-        (rise + (next - one), changes + (next - one).abs())
-    });
-    changes > 0.0 && rise >= LARGER * changes
+    let mut means = Series::new(f64::INFINITY);
+    let (mut rise, mut changes) = (0.0, 0.0);
+    let mut before = None;
+    for sample in samples {
+        let mean = sample.live_bytes / sample.live_blocks.max(1.0);
+        let change = mean - before.replace(mean).unwrap_or(mean);
+        rise += change;
+        changes += change.abs();
+        means.push(sample.time_s, mean);
+    }
+    changes > 0.0 && rise >= LARGER * changes && means.trend() >= EVER_LARGER
 }
 
 /// In how many steps of the same size the growth would have come: (Σd)²/Σd².
