@@ -20,6 +20,8 @@ const SLOWER: f64 = 0.5;
 const LEVEL: f64 = 0.1;
 /// Growth that comes in fewer steps can be an accident.
 const LEAST_STEPS: f64 = 4.0;
+/// Of fewer low points, each is above the one before by chance more often than once in a hundred.
+const LEAST_LOWS: usize = 5;
 /// Blocks are replaced by larger ones where at least this part of all that their mean size changed by is its rise.
 const LARGER: f64 = 0.5;
 /// And where its course is as much of a trend as this, of 1.
@@ -140,20 +142,25 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
     if all.len() < LEAST_SAMPLES {
         return Course::Unknown;
     }
-    let lows = lows(all);
-    if lows.len() >= 2 {
-        return Course::Sawtooth {
-            drops: lows.len() as u32,
-            lows_rise: lows.len() as f64 >= LEAST_STEPS
-                && lows.is_sorted_by(|one, next| one < next),
-        };
-    }
-    let begin = match warmup_ns {
-        Some(warmup_ns) => {
-            let end_s = warmup_ns as f64 / 1e9;
-            all.partition_point(|sample| sample.time_s < end_s)
+    let told = warmup_ns.map(|warmup_ns| {
+        let end_s = warmup_ns as f64 / 1e9;
+        all.partition_point(|sample| sample.time_s < end_s)
+    });
+    let begin = told.unwrap_or(0);
+    let lows = lows(&all[begin..]);
+    // What fell again and again at first, and no more since, was warming up.
+    let fell_s = lows.last().map_or(0.0, |low| low.time_s);
+    let fallen = all.partition_point(|sample| sample.time_s < fell_s);
+    let begin = match lows.len() >= 2 {
+        true if 2 * fallen > begin + all.len() => {
+            return Course::Sawtooth {
+                drops: lows.len() as u32,
+                lows_rise: lows.len() >= LEAST_LOWS
+                    && lows.is_sorted_by(|one, next| one.live_bytes < next.live_bytes),
+            };
         }
-        None => warm_up(all),
+        true => fallen + warm_up(&all[fallen..]),
+        false => told.unwrap_or_else(|| warm_up(all)),
     };
     let rest = &all[begin..];
     let (Some(first), Some(last)) = (rest.first(), rest.last()) else {
@@ -210,21 +217,31 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
 }
 
 impl Growing {
-    /// Of a site whose lowest points rise.
+    /// Of a site whose lowest points rise: the slopes between any two of them are the interval, which is Theil and Sen's of
+    /// 98 % where there are five.
     pub(super) fn of_lows(samples: &Samples) -> Self {
         let lows = lows(&samples.all);
-        let (first, last) = (samples.all[0], samples.all[samples.len() - 1]);
-        let rise = lows.last().unwrap_or(&0.0) - lows.first().unwrap_or(&0.0);
-        let bytes_per_s = rise / (last.time_s - first.time_s).max(1.0);
-        let share = rise / last.live_bytes.max(1.0);
+        let mut slopes = Vec::new();
+        for (index, later) in lows.iter().enumerate() {
+            slopes.extend(lows[..index].iter().map(|earlier| {
+                (later.live_bytes - earlier.live_bytes) / (later.time_s - earlier.time_s)
+            }));
+        }
+        slopes.sort_by(f64::total_cmp);
+        let slope = |index: usize| slopes.get(index).copied().unwrap_or(0.0);
+        let rise = |of: fn(&Sample) -> f64| match (lows.first(), lows.last()) {
+            (Some(first), Some(last)) => of(last) - of(first),
+            _ => 0.0,
+        };
+        let blocks = rise(|low| low.live_blocks);
         Self {
             rate: Growth {
-                bytes_per_s,
-                low: 0.0,
-                high: 2.0 * bytes_per_s,
+                bytes_per_s: slope(slopes.len() / 2),
+                low: slope(0),
+                high: slope(slopes.len().saturating_sub(1)),
             },
-            blocks: share * last.live_blocks,
-            recent_blocks: share * last.live_blocks / 2.0,
+            blocks,
+            recent_blocks: blocks / 2.0,
             by_size: false,
             confidence: NEVER_FREED,
         }
@@ -260,20 +277,24 @@ fn slope(samples: &[Sample], deviation_bytes: f64) -> Option<(Growth, Option<f64
 }
 
 /// The lowest points behind falls of more than half of the range.
-fn lows(samples: &[Sample]) -> Vec<f64> {
-    let live = samples.iter().map(|sample| sample.live_bytes);
-    let most = live.clone().fold(0.0, f64::max);
+fn lows(samples: &[Sample]) -> Vec<Sample> {
+    let most = samples
+        .iter()
+        .map(|sample| sample.live_bytes)
+        .fold(0.0, f64::max);
     let half = most / 2.0;
-    let (mut lows, mut high, mut low) = (Vec::new(), 0.0_f64, None::<f64>);
-    for value in live {
+    let (mut lows, mut high, mut low) = (Vec::new(), 0.0_f64, None::<Sample>);
+    for sample in samples {
+        let live = sample.live_bytes;
         match low {
-            Some(lowest) if value > lowest + half => {
+            Some(lowest) if live > lowest.live_bytes + half => {
                 lows.push(lowest);
-                (low, high) = (None, value);
+                (low, high) = (None, live);
             }
-            Some(lowest) => low = Some(lowest.min(value)),
-            None if value < high - half => low = Some(value),
-            None => high = high.max(value),
+            Some(lowest) if live < lowest.live_bytes => low = Some(*sample),
+            Some(_) => {}
+            None if live < high - half => low = Some(*sample),
+            None => high = high.max(live),
         }
     }
     lows.extend(low);

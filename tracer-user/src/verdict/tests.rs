@@ -202,6 +202,34 @@ fn a_leak_in_batches_grows() {
 }
 
 #[test]
+fn a_leak_behind_peaks_of_the_start_grows() {
+    // Twice up and down, then two blocks a second for ever.
+    let mut blocks = births(500.0, 30.0, |born| 15.0 - born % 15.0);
+    for block in births(20.0, 150.0, |_| NEVER) {
+        blocks.push(Block {
+            born: block.born + 30.0,
+            ..block
+        });
+    }
+    expect(&judged(&blocks, 180.0), Verdict::Growing);
+}
+
+#[test]
+fn the_interval_of_rising_lows_has_the_rate() {
+    let mut random = Random(6);
+    let blocks = births(20.0, 180.0, |born| {
+        if random.fraction() < 0.2 {
+            NEVER
+        } else {
+            12.0 - born % 12.0
+        }
+    });
+    let growth = judged(&blocks, 180.0).growth.unwrap();
+    assert!(growth.low < 400.0 && 400.0 < growth.high, "{growth:?}");
+    assert!(growth.low > 0.0 && growth.high < 1200.0, "{growth:?}");
+}
+
+#[test]
 fn a_leak_in_bursts_grows() {
     let mut blocks = Vec::new();
     for burst in 1..18 {
