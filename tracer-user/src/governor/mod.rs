@@ -95,6 +95,9 @@ pub struct Budget {
     /// In any case, in processor time a second: a process that does next to nothing has next to no budget, and
     /// nobody feels it.
     pub spare: f64,
+    /// Likewise, a target and its tracing together: who leaves a processor idle nearly all the time does not feel it
+    /// either, and its leaks may be so slow that windows see too few of them.
+    pub light: f64,
 }
 
 impl Budget {
@@ -103,6 +106,7 @@ impl Budget {
     pub const DEFAULT: Self = Self {
         share: 0.05,
         spare: 0.01,
+        light: 0.1,
     };
 
     /// What the user says.
@@ -111,6 +115,7 @@ impl Budget {
         Self {
             share,
             spare: 0.001,
+            light: 0.0,
         }
     }
 }
@@ -249,8 +254,12 @@ impl Governor {
 
     /// The share that tracing may take of a target that takes that much processor time.
     fn allowed(&self, cores: f64) -> f64 {
-        let Budget { share, spare } = self.budget;
-        share.max(spare / cores.max(1e-9))
+        let Budget {
+            share,
+            spare,
+            light,
+        } = self.budget;
+        share.max(spare.max(light - cores) / cores.max(1e-9))
     }
 
     /// What was counted up to now, in a gear that traces all the time. Gives the gear to be taken.

@@ -30,13 +30,17 @@ struct Target {
 
 impl Target {
     fn new(budget: f64, can: Abilities, busy: f64, pairs: impl Fn(f64) -> f64 + 'static) -> Self {
+        Self::within(Budget::of(budget), can, busy, pairs)
+    }
+
+    fn within(
+        budget: Budget,
+        can: Abilities,
+        busy: f64,
+        pairs: impl Fn(f64) -> f64 + 'static,
+    ) -> Self {
         Self {
-            governor: Governor::new(
-                Budget::of(budget),
-                Costs::new(&PROBE, true),
-                can,
-                Gear::Exact,
-            ),
+            governor: Governor::new(budget, Costs::new(&PROBE, true), can, Gear::Exact),
             pairs: Box::new(pairs),
             busy,
             at_s: 0.0,
@@ -178,6 +182,21 @@ fn what_costs_little_is_recorded_exactly() {
     let mut target = Target::new(0.05, ALL, 0.0003, |_| 1e6);
     target.until(60.0);
     assert_eq!(target.changes, []);
+}
+
+#[test]
+fn who_takes_a_tenth_of_a_processor_with_tracing_is_recorded_exactly() {
+    // 3 µs each: 6 and 15 % of a processor.
+    let mut target = Target::within(Budget::DEFAULT, ALL, 0.02, |_| 20e3 / 0.02);
+    target.until(60.0);
+    assert_eq!(target.changes, []);
+    let mut target = Target::within(Budget::DEFAULT, ALL, 0.02, |_| 50e3 / 0.02);
+    target.until(60.0);
+    assert_ne!(target.changes, []);
+    // Who asks for a budget gets that.
+    let mut target = Target::new(0.05, ALL, 0.02, |_| 20e3 / 0.02);
+    target.until(60.0);
+    assert_ne!(target.changes, []);
 }
 
 #[test]

@@ -117,6 +117,9 @@ pub struct BudgetReport {
     pub processors: f64,
     /// What it may take in any case, likewise.
     pub spare_processors: f64,
+    /// What it may take together with the targets in any case, likewise.
+    #[serde(default)]
+    pub light_processors: f64,
     /// Changes of gear, in their order; the first gear is `exact`, or `sampled` if that was wanted.
     pub changes: Vec<GearChange>,
 }
@@ -255,6 +258,7 @@ impl Session {
             percent: pace.governor.overhead(rested_ns) * 100.0,
             processors: pace.governor.spent_s() / self.recorded_s().max(1e-9),
             spare_processors: pace.governor.budget().spare,
+            light_processors: pace.governor.budget().light,
             changes: pace.changes.clone(),
         })
     }

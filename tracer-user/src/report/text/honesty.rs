@@ -95,9 +95,16 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     };
     writeln!(
         to,
-        "Tracing took about {:.1} % of the processor time that the target took itself, {:.3} processors \
-         (--max-overhead: {} %,\nor {} processors).",
-        budget.percent, budget.processors, budget.max_percent, budget.spare_processors
+        "Tracing took about {:.1} % of the processor time that the target took itself, {:.3} processors\n\
+         (--max-overhead: {} %, or {} processors{}).",
+        budget.percent,
+        budget.processors,
+        budget.max_percent,
+        budget.spare_processors,
+        match budget.light_processors {
+            0.0 => String::new(),
+            light => format!(", or {light} with the target's own time"),
+        }
     )?;
     /// Changes that are told one by one.
     const MOST: usize = 10;
