@@ -362,20 +362,13 @@ impl Version {
             format!("libpython{name}-minimal"),
             format!("libpython{name}-stdlib"),
         ];
-        let libraries = match self {
-            Self::V3_9 => ["libffi7", "libssl1.1"],
-            Self::V3_11 => ["libffi8", "libssl3"],
+        let libraries: &[&str] = match self {
+            Self::V3_9 => &["libffi7", "libmpdec3", "libssl1.1"],
+            Self::V3_11 => &["libffi8", "libssl3"],
         };
-        let common = [
-            "libbz2-1.0",
-            "libexpat1",
-            "liblzma5",
-            "libmpdec3",
-            "libuuid1",
-            "zlib1g",
-        ];
+        let common = ["libbz2-1.0", "libexpat1", "liblzma5", "libuuid1", "zlib1g"];
         own.into_iter()
-            .chain(libraries.into_iter().chain(common).map(str::to_owned))
+            .chain(libraries.iter().copied().chain(common).map(str::to_owned))
             .collect()
     }
 }
@@ -428,6 +421,8 @@ impl Shop {
             .arg(wheel.join("pip"))
             .args(["install", "--quiet", "--disable-pip-version-check"])
             .args(["--only-binary=:all:", "--python-version", version.name()])
+            // It would ask its own Python.
+            .arg("--ignore-requires-python")
             .args(["--implementation", "cp", "--target"])
             .arg(&place)
             .envs([pip.libraries()]);
