@@ -182,6 +182,11 @@ pub(super) async fn trace(
     }
     session.plan_probes();
     tell_cost(&session, &cost);
+    // Before the first probe stands: hits of what is not armed yet are paid for and counted nowhere.
+    session.await_tables(reading_tables);
+    if let Some(budget) = budget(plan.trace) {
+        session.keep_budget(budget, &cost);
+    }
     for (instance, pid) in instances(&session) {
         Interrupted::check(&signals)?;
         match probe(&mut session, instance) {
@@ -202,22 +207,19 @@ pub(super) async fn trace(
             }
         }
     }
-    // One that has executed its program since it was found is heard of now.
+    // One that has executed its program since it was found is heard of now. What was mapped meanwhile gets its tables
+    // as what is mapped later does.
     session.drain();
     if session.targets().is_empty() && !plan.waits {
         let error = first_error.unwrap_or_else(|| anyhow!("no process is left to trace"));
         return Err(error);
     }
-    session.await_tables(reading_tables);
     for (instance, _) in instances(&session) {
         session.arm(instance);
     }
     session.restart_clock();
     if let Some(file) = recording {
         session.record(file)?;
-    }
-    if let Some(budget) = budget(plan.trace) {
-        session.keep_budget(budget, &cost);
     }
     if session.targets().is_empty() {
         say("waiting for a process to trace; Ctrl-C gives up");

@@ -335,11 +335,13 @@ impl Session {
         probes
     }
 
-    /// Looks at what the targets have mapped, and decides which files' probes are for all processes.
+    /// Looks at what the targets have mapped, has unwind tables built for it, and decides which files' probes are for
+    /// all processes.
     pub fn plan_probes(&mut self) {
         for target in self.targets.values_mut() {
             // What is wrong with one is told when it is probed.
             let _ = target.space.refresh(target.process.pid, &mut self.files);
+            let _ = self.library.want(&target.space);
         }
         let spaces = self.targets.values().map(|target| target.space.segments());
         let shared = worth_sharing(spaces, |file| {
@@ -502,6 +504,7 @@ impl Session {
             return;
         };
         links::detach(target.disarm(&self.tracer));
+        target.forget_code(&mut self.tracer);
         self.forget(target.process.pid, instance);
     }
 
