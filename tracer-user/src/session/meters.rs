@@ -84,8 +84,8 @@ impl Meters {
             returns: state.returns,
         };
         if alive_cpu_ns.is_none() {
-            // Nobody knows any more. It is taken to have been busy.
-            now.cpu_ns = before.cpu_ns + now_ns.saturating_sub(before.at_ns);
+            // Nobody knows any more what it took since. What was not seen earns no budget.
+            now.cpu_ns = before.cpu_ns;
         } else if in_windows {
             now.user_ns = target.process.user_ns();
             now.transfers = target.process.transfers();
