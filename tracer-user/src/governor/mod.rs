@@ -40,6 +40,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 const WINDOW: Duration = Duration::from_millis(200);
 /// And shorter if they would be further apart than this.
 const FAR_APART_S: f64 = 10.0;
+/// Once they are short, they become longer only if they would be less than this part of that apart: the load that it
+/// is told by differs from window to window.
+const LONGER_SHARE: f64 = 0.8;
 /// Windows further apart than that tell nothing.
 const TOO_FAR_APART_S: f64 = 60.0;
 /// How long probes are in place before and after a window, before it was measured.
@@ -343,6 +346,30 @@ impl Governor {
         Gear::Paused
     }
 
+    /// The length for the windows to come, by what those so far cost: what a load called for that is over, or a
+    /// pause, is not kept.
+    fn choose_window(&mut self, cores: f64) {
+        let Some(cost_ns) = self.window_cost_ns else {
+            return;
+        };
+        let window_s = self.window.as_secs_f64();
+        let attaching_s = (self.attached_s - window_s).max(0.0);
+        let earned_a_second = (self.allowed(cores) * cores).max(1e-9);
+        for part in [1, 2, 4] {
+            let window = WINDOW / part;
+            let attached_s = window.as_secs_f64() + attaching_s;
+            let cost_ns = cost_ns * attached_s / self.attached_s.max(1e-9);
+            let is_longer = window > self.window;
+            let far_s = FAR_APART_S * if is_longer { LONGER_SHARE } else { 1.0 };
+            if cost_ns / 1e9 / earned_a_second < far_s || part == 4 {
+                self.window = window;
+                self.attached_s = attached_s;
+                self.window_cost_ns = Some(cost_ns);
+                return;
+            }
+        }
+    }
+
     fn enter(&mut self, gear: Gear, reason: String) -> Change {
         self.gear = gear;
         self.readings.clear();
@@ -414,6 +441,7 @@ impl Governor {
         if let Some(change) = self.shift_up(cores, gone.at_ns) {
             return Some(change);
         }
+        self.choose_window(cores);
         if self.mean_gap_s() > TOO_FAR_APART_S && self.windows_or_pause(cores) == Gear::Paused {
             let reason = format!(
                 "not even windows of {} a minute apart would have done",

@@ -233,6 +233,37 @@ fn windows_keep_the_budget() {
 }
 
 #[test]
+fn windows_become_longer_once_the_load_allows_it() {
+    // A burst in the very beginning, of which only short windows would do; then what is less, and still too much to be
+    // recorded all the time.
+    let mut target = Target::new(
+        0.03,
+        ALL,
+        1.0,
+        |at_s| if at_s < 5.0 { 5e6 } else { 50_000.0 },
+    );
+    target.until(4.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    assert_eq!(target.governor.window, WINDOW / 4);
+    target.until(120.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    assert_eq!(target.governor.window, WINDOW);
+    let overhead = target.overhead_since(60.0) / 0.03;
+    assert!((0.7..1.3).contains(&overhead), "{overhead}");
+    // And shorter again.
+    let mut target = Target::new(
+        0.03,
+        ALL,
+        1.0,
+        |at_s| if at_s < 60.0 { 50_000.0 } else { 1e7 },
+    );
+    target.until(59.0);
+    assert_eq!(target.governor.window, WINDOW);
+    target.until(300.0);
+    assert_eq!(target.governor.window, WINDOW / 4);
+}
+
+#[test]
 fn a_burst_does_not_double_it_for_long() {
     // Ten times the rate for a second out of ten.
     let pairs = |at_s: f64| {
