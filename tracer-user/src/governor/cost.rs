@@ -117,6 +117,8 @@ pub struct Costs {
     sampling_ns: f64,
     /// Whether calls that are not sampled have no return probe; else they have, and nobody counts it.
     skips_returns: bool,
+    /// One in so many blocks is sampled.
+    sampled_one_in: f64,
 }
 
 impl Costs {
@@ -130,7 +132,13 @@ impl Costs {
             program_ns: PROGRAM_NS,
             sampling_ns: PROGRAM_NS * NOT_SAMPLED,
             skips_returns,
+            sampled_one_in: SAMPLED_ONE_IN,
         }
+    }
+
+    /// One in so many blocks would be sampled, as the user chose the rate.
+    pub const fn sampling(&mut self, one_in: f64) {
+        self.sampled_one_in = one_in.max(1.0);
     }
 
     /// Of the processor time that a target took, what it took itself where so many entries were hit by programs that
@@ -193,11 +201,48 @@ impl Costs {
     #[must_use]
     pub fn sampled(&self, load: Load) -> f64 {
         let returns = if self.skips_returns {
-            load.returns / SAMPLED_ONE_IN
+            load.returns / self.sampled_one_in
         } else {
             load.returns
         };
         let program_ns = self.sampling_ns * DISTURBANCE;
         (self.of_probes(load.entries, returns) + (load.entries + returns) * program_ns) / 1e9
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROBE: ProbeCost = ProbeCost {
+        emulated_ns: 700,
+        single_stepped_ns: 7000,
+        return_ns: 300,
+    };
+
+    /// What sampling was foretold to take of a second, and what it is charged for that.
+    fn foretold_and_charged(costs: &Costs, one_in: f64) -> (f64, f64) {
+        let load = Load::new(10_000.0, 10_000.0);
+        let span = Span {
+            time_ns: 1e9,
+            cpu_ns: 1e9,
+            entries: load.entries,
+            returns: load.returns / one_in,
+        };
+        (costs.sampled(load), costs.of(&span, Gear::Sampled) / 1e9)
+    }
+
+    #[test]
+    fn sampling_is_charged_what_it_was_foretold_to_take() {
+        let mut costs = Costs::new(&PROBE, true);
+        let (foretold, charged) = foretold_and_charged(&costs, SAMPLED_ONE_IN);
+        assert!((foretold / charged - 1.0).abs() < 1e-9);
+        // Return probes that cannot be left out are hit, and nobody counts them.
+        let (foretold, charged) = foretold_and_charged(&Costs::new(&PROBE, false), SAMPLED_ONE_IN);
+        assert!((foretold / charged - 1.0).abs() < 1e-9);
+        // The user's rate.
+        costs.sampling(4.0);
+        let (foretold, charged) = foretold_and_charged(&costs, 4.0);
+        assert!((foretold / charged - 1.0).abs() < 1e-9);
     }
 }

@@ -434,6 +434,10 @@ impl Pace {
             gear: change.gear,
             reason: change.reason,
         });
+        if let Some(sample_bytes) = self.sample_bytes {
+            let one_in = sample_bytes as f64 / session.mean_block_bytes().max(1.0);
+            self.governor.costs().sampling(one_in);
+        }
         let are_away = !matches!(self.phase, Phase::Tracing);
         match change.gear {
             Gear::Exact | Gear::Sampled => {
