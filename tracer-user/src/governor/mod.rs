@@ -403,7 +403,8 @@ impl Governor {
         Some(self.enter(better, reason))
     }
 
-    /// Takes up what it cost to take probes away, after the last tick of a gear that traces all the time.
+    /// Takes up what it cost to take probes away, after the last tick of a gear that traces all the time, or to put them
+    /// back for one.
     pub fn left(&mut self, last: &Reading, gone: &Reading) {
         let span = gone.since(last);
         let returns = span.entries * self.load.returns / self.load.entries.max(1.0);
@@ -488,20 +489,29 @@ impl Governor {
         gap
     }
 
-    /// How long to pause: twice as long every time, until a more exact gear would have done.
+    /// How long to pause: twice as long every time, until a more exact gear would have done. Without windows what
+    /// comes then may cost as much as what came before, so that has to be earned first.
     pub fn pause(&mut self) -> Duration {
-        let pause = self.pause;
+        let mut pause = self.pause;
         self.pause = (pause * 2).min(LONGEST_PAUSE);
+        if !self.abilities.windows {
+            let cores = self.account.cores();
+            let ahead_s = self.account.ahead_s(self.allowed(cores), cores).max(0.0);
+            pause = pause.max(Duration::from_secs_f64(
+                ahead_s.min(LONGEST_PAUSE.as_secs_f64()),
+            ));
+        }
         pause
     }
 
     /// The pause is over. Gives the gear to be tried: windows if they are to be had.
     pub fn resume(&mut self) -> Change {
-        let gear = match self.abilities.windows {
-            true => Gear::Windows,
-            false => self.best,
+        let gear = if self.abilities.windows {
+            self.account.forgive();
+            Gear::Windows
+        } else {
+            self.best
         };
-        self.account.forgive();
         self.enter(gear, "the load may be another by now".to_owned())
     }
 }

@@ -13,6 +13,15 @@ const PROBE: ProbeCost = ProbeCost {
 const PUT_BACK_S: f64 = 0.012;
 const TAKE_AWAY_S: f64 = 0.1;
 
+/// What stands.
+#[derive(Clone, Copy, PartialEq)]
+enum Probes {
+    None,
+    /// With programs that do nothing: they are put back or taken away.
+    Idle,
+    Recording,
+}
+
 struct Target {
     governor: Governor,
     /// Pairs of calls for a second of its own work, by the time.
@@ -23,6 +32,8 @@ struct Target {
     counted: [f64; 4],
     own_s: f64,
     random: u64,
+    /// Time that probes need to be taken away.
+    take_away_s: f64,
     changes: Vec<(f64, Gear)>,
     /// Processor time that tracing took, in every tenth of a second.
     spent: Vec<f64>,
@@ -47,28 +58,30 @@ impl Target {
             counted: [0.0; 4],
             own_s: 0.0,
             random: 7,
+            take_away_s: TAKE_AWAY_S,
             changes: Vec::new(),
             spent: Vec::new(),
         }
     }
 
     /// Lets the time pass, with probes or without.
-    fn pass(&mut self, time_s: f64, probed: bool) {
+    fn pass(&mut self, time_s: f64, probes: Probes) {
         const STEP_S: f64 = 0.001;
         let end_s = self.at_s + time_s;
         while self.at_s < end_s {
             let step_s = STEP_S.min(end_s - self.at_s);
             let pairs = (self.pairs)(self.at_s);
             let load = Load::new(pairs, pairs);
-            let overhead = match (probed, self.governor.gear()) {
-                (false, _) => 0.0,
-                (true, Gear::Sampled) => self.governor.costs.sampled(load),
-                (true, _) => self.governor.costs.exact(load),
+            let overhead = match (probes, self.governor.gear()) {
+                (Probes::None, _) => 0.0,
+                (Probes::Idle, _) => self.governor.costs.of_probes(2.0 * pairs, pairs) / 1e9,
+                (Probes::Recording, Gear::Sampled) => self.governor.costs.sampled(load),
+                (Probes::Recording, _) => self.governor.costs.exact(load),
             };
             // It has a processor to itself, and what is left to do is done later if it can be.
             let own_s = (step_s * self.busy).min(step_s / (1.0 + overhead));
             let [entries, returns, cpu, spent] = &mut self.counted;
-            if probed {
+            if probes != Probes::None {
                 *entries += 2.0 * pairs * own_s;
                 let is_sampled = self.governor.gear() == Gear::Sampled;
                 *returns += pairs * own_s / if is_sampled { 64.0 } else { 1.0 };
@@ -111,16 +124,21 @@ impl Target {
         while self.at_s < end_s {
             let change = match self.governor.gear() {
                 Gear::Exact | Gear::Sampled => {
+                    let is_first = away || self.at_s < 0.25;
                     if away {
-                        self.pass(PUT_BACK_S, true);
+                        let before = self.reading();
+                        self.pass(PUT_BACK_S, Probes::Idle);
+                        let stand = self.reading();
+                        self.governor.left(&before, &stand);
+                        self.governor.tick(stand);
                         away = false;
                     }
-                    let tick = if self.at_s < 0.25 { FIRST_TICK } else { TICK };
-                    self.pass(tick.as_secs_f64(), true);
+                    let tick = if is_first { FIRST_TICK } else { TICK };
+                    self.pass(tick.as_secs_f64(), Probes::Recording);
                     let change = self.governor.tick(self.reading());
                     if change.is_some_and(|change| self.note(&change)) {
                         let before = self.reading();
-                        self.pass(TAKE_AWAY_S, true);
+                        self.pass(self.take_away_s, Probes::Idle);
                         away = true;
                         last = self.reading();
                         self.governor.left(&before, &last);
@@ -129,13 +147,13 @@ impl Target {
                 }
                 Gear::Windows => {
                     let random = self.uniform();
-                    self.pass(self.governor.gap(random).as_secs_f64(), false);
+                    self.pass(self.governor.gap(random).as_secs_f64(), Probes::None);
                     let begin = self.reading();
-                    self.pass(PUT_BACK_S, true);
+                    self.pass(PUT_BACK_S, Probes::Idle);
                     let window_s = self.governor.schedule().window().as_secs_f64();
-                    self.pass(window_s, true);
+                    self.pass(window_s, Probes::Recording);
                     let closed = self.reading();
-                    self.pass(TAKE_AWAY_S, true);
+                    self.pass(self.take_away_s, Probes::Idle);
                     let gone = self.reading();
                     let change = self.governor.window(&last, &begin, &closed, &gone);
                     last = gone;
@@ -143,8 +161,10 @@ impl Target {
                 }
                 Gear::Paused => {
                     let pause = self.governor.pause();
-                    self.pass(pause.as_secs_f64(), false);
+                    self.pass(pause.as_secs_f64(), Probes::None);
+                    let paused = last;
                     last = self.reading();
+                    self.governor.rested(last.cpu_ns - paused.cpu_ns);
                     Some(self.governor.resume())
                 }
             };
@@ -237,7 +257,7 @@ fn windows_become_longer_once_the_load_allows_it() {
     // A burst in the very beginning, of which only short windows would do; then what is less, and still too much to be
     // recorded all the time.
     let mut target = Target::new(
-        0.03,
+        0.01,
         ALL,
         1.0,
         |at_s| if at_s < 5.0 { 5e6 } else { 50_000.0 },
@@ -248,16 +268,16 @@ fn windows_become_longer_once_the_load_allows_it() {
     target.until(120.0);
     assert_eq!(target.governor.gear(), Gear::Windows);
     assert_eq!(target.governor.window, WINDOW);
-    let overhead = target.overhead_since(60.0) / 0.03;
+    let overhead = target.overhead_since(60.0) / 0.01;
     assert!((0.7..1.3).contains(&overhead), "{overhead}");
     // And shorter again.
     let mut target = Target::new(
-        0.03,
+        0.01,
         ALL,
         1.0,
         |at_s| if at_s < 60.0 { 50_000.0 } else { 1e7 },
     );
-    target.until(59.0);
+    target.until(40.0);
     assert_eq!(target.governor.window, WINDOW);
     target.until(300.0);
     assert_eq!(target.governor.window, WINDOW / 4);
@@ -335,6 +355,36 @@ fn without_windows_there_is_a_pause() {
     assert!(paused.len() >= 3, "{:?}", target.changes);
     assert!(paused.iter().all(|(_, gear)| *gear == Gear::Paused));
     assert!(tried.iter().all(|(_, gear)| *gear == Gear::Windows));
+}
+
+#[test]
+fn without_windows_a_try_is_earned_before_the_next() {
+    let none = Abilities { windows: false };
+    let mut target = Target::new(0.01, none, 1.0, |_| 1e6);
+    // A second for each try.
+    target.take_away_s = 1.0;
+    target.until(600.0);
+    assert_eq!(target.changes[0].1, Gear::Paused);
+    let tries = target
+        .changes
+        .iter()
+        .filter(|change| change.1 == Gear::Exact);
+    assert!(tries.count() >= 3, "{:?}", target.changes);
+    // The last one is not paid for yet.
+    let last_s = target
+        .changes
+        .iter()
+        .rfind(|change| change.1 == Gear::Exact);
+    let last_s = last_s.map_or(0.0, |change| change.0);
+    let spent: f64 = target.spent[..(last_s * 10.0) as usize].iter().sum();
+    assert!(
+        spent / last_s < 0.011,
+        "{} {:?}",
+        spent / last_s,
+        target.changes
+    );
+    let known = target.governor.overhead(0) / target.overhead_since(0.0);
+    assert!((known - 1.0).abs() < 0.15, "{known}");
 }
 
 #[test]

@@ -446,7 +446,10 @@ impl Pace {
                     self.sample_bytes.unwrap_or_else(chosen)
                 });
                 if are_away {
+                    let away = self.read(session);
                     let lacking = session.put_back();
+                    let stand = self.read(session);
+                    self.governor.left(&away, &stand);
                     ensure!(
                         lacking.is_empty(),
                         "failed to put the probes of {} processes back",
