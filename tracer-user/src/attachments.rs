@@ -287,9 +287,16 @@ impl Attachments {
         self.probes().flat_map(ProbeSet::take_away).collect()
     }
 
-    /// Attaches those again that were taken away.
-    pub fn put_back(&mut self, tracer: &mut Tracer) -> anyhow::Result<()> {
-        self.probes().try_for_each(|probes| probes.put_back(tracer))
+    /// Attaches those again that were taken away. Gives the files where that fails, and why.
+    pub fn put_back(&mut self, tracer: &mut Tracer) -> HashMap<FileId, anyhow::Error> {
+        let mut failed = HashMap::new();
+        for ((file, _), standing) in &mut self.standing {
+            let probes = standing.probes.as_mut();
+            if let Some(Err(error)) = probes.map(|probes| probes.put_back(tracer)) {
+                failed.insert(*file, error);
+            }
+        }
+        failed
     }
 
     fn probes(&mut self) -> impl Iterator<Item = &mut ProbeSet> {

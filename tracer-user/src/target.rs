@@ -52,6 +52,8 @@ pub enum End {
     Replaced,
     /// It is gone, and nobody said how.
     Gone,
+    /// It goes on, and its probes could not be put back.
+    LeftOut,
 }
 
 /// A process instance that is traced.

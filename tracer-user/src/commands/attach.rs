@@ -523,6 +523,8 @@ fn tell_end(target: &Target) {
             "PID {pid} ({comm}) started another program, which is not traced: attach to it again, \
              or trace it from its start by `unfreed run`"
         )),
+        // Why was told with the gear.
+        Some(End::LeftOut) => say(format_args!("PID {pid} ({comm}) is no longer recorded")),
         Some(_) => say(format_args!("PID {pid} ({comm}) has ended")),
         None => {}
     }

@@ -1,12 +1,11 @@
 //! Which gear a session is in: its probes are taken away and put back as the [`Governor`] says.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -22,7 +21,7 @@ use crate::{
     },
     calibrate::{Calibrator, ProbeCost},
     governor::{self, Abilities, Budget, Change, Costs, FIRST_TICK, Gear, Governor, Reading, TICK},
-    target::Target,
+    target::{End, Target},
     windows::{Estimate, Window},
 };
 
@@ -316,25 +315,53 @@ impl Session {
         }
     }
 
-    /// Attaches the probes again that were taken away. Gives the instances that lack some.
-    fn put_back(&mut self) -> HashSet<u32> {
-        let mut lacking = HashSet::new();
-        if let Err(error) = self.attachments.put_back(&mut self.tracer) {
+    /// Attaches the probes again that were taken away. Gives the instances that lack some, and why.
+    fn put_back(&mut self) -> BTreeMap<u32, String> {
+        let mut lacking = BTreeMap::new();
+        let failed = self.attachments.put_back(&mut self.tracer);
+        for error in failed.values() {
             log::warn!("{error:#}");
-            lacking.extend(self.targets.keys());
         }
         for (instance, target) in &mut self.targets {
-            if target.end.is_none()
-                && let Err(error) = target.put_back(&mut self.tracer)
-            {
+            if target.end.is_some() {
+                continue;
+            }
+            let mut files = target.space.segments().iter().filter_map(|segment| {
+                let part = segment.mapping.file().filter(|_| segment.is_mapped)?;
+                failed.get(&part.file)
+            });
+            if let Some(error) = files.next() {
+                lacking.insert(*instance, format!("{error:#}"));
+            }
+            if let Err(error) = target.put_back(&mut self.tracer) {
                 // Else it is gone, which is told when it is noticed.
                 if target.process.is_alive() {
                     log::warn!("{error:#}");
-                    lacking.insert(*instance);
+                    lacking.insert(*instance, format!("{error:#}"));
                 }
             }
         }
         lacking
+    }
+
+    /// Records these instances no longer: they lack probes, and what they free would be seen no more. Says so for the
+    /// report.
+    fn leave_out(&mut self, lacking: &BTreeMap<u32, String>) -> String {
+        for instance in lacking.keys() {
+            let Some(target) = self.targets.get_mut(instance) else {
+                continue;
+            };
+            target.ended(End::LeftOut);
+            // Else a program that it executes would be taken for what is recorded.
+            if let Err(error) = self.tracer.forget_process(target.process.pid, *instance) {
+                log::info!("PID {}: {error:#}", target.process.pid);
+            }
+        }
+        let pids = lacking.iter().filter_map(|(instance, reason)| {
+            let target = self.targets.get(instance)?;
+            Some((target.process.pid, reason.as_str()))
+        });
+        left_out(&pids.collect::<Vec<_>>())
     }
 
     /// Mean size of the blocks allocated so far, in bytes.
@@ -345,6 +372,22 @@ impl Session {
         });
         bytes as f64 / (blocks as f64).max(1.0)
     }
+}
+
+/// That these PIDs are recorded no longer, and why, as the end of a sentence.
+fn left_out(processes: &[(u32, &str)]) -> String {
+    /// More are not told one by one.
+    const FEW: usize = 5;
+    let Some((_, reason)) = processes.first() else {
+        return String::new();
+    };
+    let pids = processes.iter().take(FEW).map(|(pid, _)| pid.to_string());
+    let pids = pids.collect::<Vec<_>>().join(", ");
+    let more = match processes.len().saturating_sub(FEW) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("; no longer recorded, as probes could not be put back: PID {pids}{more} ({reason})")
 }
 
 impl Pace {
@@ -450,11 +493,11 @@ impl Pace {
                     let lacking = session.put_back();
                     let stand = self.read(session);
                     self.governor.left(&away, &stand);
-                    ensure!(
-                        lacking.is_empty(),
-                        "failed to put the probes of {} processes back",
-                        lacking.len()
-                    );
+                    // One bad process does not end the session.
+                    let left_out = session.leave_out(&lacking);
+                    if let Some(change) = self.changes.last_mut() {
+                        change.reason.push_str(&left_out);
+                    }
                 }
                 session
                     .tracer
@@ -549,7 +592,7 @@ impl Pace {
         regime.take_up_gap(gone, self.meters.by_instance());
         let since_ns = regime.since_ns();
         self.count_runs(session, WINDOWS_BETWEEN_COUNTS);
-        let blind = session.put_back();
+        let blind = session.put_back().into_keys().collect();
         let schedule = self.governor.schedule();
         let opened_ns = monotonic_ns();
         let [intake_ns, open_ns] =
@@ -595,5 +638,22 @@ impl Pace {
             let read = [&opened, self.meters.by_instance()];
             regime.take_up(&window, read, &blind, session, &self.governor);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_left_out_is_named_with_the_reason() {
+        assert_eq!(left_out(&[]), "");
+        let said = left_out(&[(4, "failed to attach"), (5, "likewise")]);
+        assert_eq!(
+            said,
+            "; no longer recorded, as probes could not be put back: PID 4, 5 (failed to attach)"
+        );
+        let many: Vec<_> = (1..=7).map(|pid| (pid, "why")).collect();
+        assert!(left_out(&many).contains("PID 1, 2, 3, 4, 5 and 2 more (why)"));
     }
 }
