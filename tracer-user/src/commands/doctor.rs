@@ -507,6 +507,22 @@ mod tests {
     }
 
     #[test]
+    fn without_links_that_go_at_once_windows_are_not_offered() {
+        let mut report = report();
+        assert!(!text_of(&report).contains("windows"));
+        report.host.links = Some("perf");
+        let text = text_of(&report);
+        for line in [
+            "  note    links       perf: to detach takes about 0.1 s a probe, so `attach` records no windows, which \
+             need uprobe_multi links (Linux 6.6): a process whose calls take more than the budget is paused\n",
+            "  cost: its calls were not counted, as without uprobe_multi links (Linux 6.6)",
+            "To take no more than 5 %, `attach` pauses where its calls take more; windows are not to be had",
+        ] {
+            assert!(text.contains(line), "no {line:?} in\n{text}");
+        }
+    }
+
+    #[test]
     fn a_problem_takes_the_place_of_its_fact_and_ends_with_what_follows() {
         let mut report = report();
         report.host.facts.btf = false;

@@ -6,7 +6,7 @@ use super::{Does, FunctionReport, HostReport, Patient, Report, Verdict};
 use crate::{
     calibrate::ProbeCost,
     forecast::Forecast,
-    governor::Gear,
+    governor::{Budget, Gear},
     host::{Bpf, Lockdown, UretprobeSyscall},
     preflight::Severity,
     report::units::{count, duration},
@@ -17,7 +17,7 @@ pub(super) fn write(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     host(&report.host, out)?;
     for process in &report.processes {
         writeln!(out)?;
-        self::process(process, out)?;
+        self::process(process, &report.host, out)?;
     }
     let functions = || {
         let modules = report.processes.iter().flat_map(|process| &process.modules);
@@ -145,14 +145,18 @@ fn rows(host: &HostReport) -> Vec<Row> {
         rows.push(seccomp);
     }
     rows.extend(host.links.map(|links| match links {
-        "uprobe_multi" => row(
+        AT_ONCE => row(
             "links",
             "uprobe_multi: probes are attached and detached in milliseconds",
         ),
         other => Row {
             fact: "links",
             value: other.to_owned(),
-            note: Some("to detach takes about 0.1 s a probe (Linux 6.6 is faster)".to_owned()),
+            note: Some(
+                "to detach takes about 0.1 s a probe, so `attach` records no windows, which need uprobe_multi links \
+                 (Linux 6.6): a process whose calls take more than the budget is paused"
+                    .to_owned(),
+            ),
         },
     }));
     let largest = host
@@ -227,7 +231,10 @@ fn forecast(forecast: &Forecast, out: &mut dyn Write) -> io::Result<()> {
     )
 }
 
-fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
+/// The links by which probes are taken away at once.
+const AT_ONCE: &str = "uprobe_multi";
+
+fn process(process: &Patient, host: &HostReport, out: &mut dyn Write) -> io::Result<()> {
     write!(out, "Process {}", process.pid)?;
     if let Some(comm) = &process.comm {
         write!(out, " {comm}")?;
@@ -245,6 +252,16 @@ fn process(process: &Patient, out: &mut dyn Write) -> io::Result<()> {
     }
     if let Some(forecast) = &process.forecast {
         self::forecast(forecast, out)?;
+    } else if host.links.is_some_and(|links| links != AT_ONCE)
+        && process.verdict == Verdict::CanBeTraced
+    {
+        writeln!(
+            out,
+            "  cost: its calls were not counted, as without {AT_ONCE} links (Linux 6.6) probes take long to go.\n        \
+             To take no more than {} %, `attach` pauses where its calls take more; windows are not to be had \
+             (--max-overhead, --exact).",
+            Budget::DEFAULT.share * 100.0
+        )?;
     }
     let allocators = process
         .modules
