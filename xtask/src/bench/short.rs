@@ -55,7 +55,11 @@ const GROUPS: [Group; 3] = [
         ratios: &[
             ("pairs: exact / bpftrace", Way::Exact, Way::Bpftrace),
             ("pairs: exact / empty programs", Way::Exact, Way::Empty),
-            ("pairs: sampled / empty programs", Way::Sampled, Way::Empty),
+            (
+                "pairs: sampled / empty programs, returns skipped",
+                Way::Sampled,
+                Way::Skip,
+            ),
         ],
     },
     Group {
