@@ -16,7 +16,7 @@ use crate::{
         process::{Process, is_unfreed},
     },
     files::AddressSpace,
-    ranges::Step,
+    ranges::{Origin, Step},
     report::Exit,
     stacks::Stack,
     target::{End, Target},
@@ -149,7 +149,11 @@ impl Session {
             }
         } else if is(EventKind::Range) {
             if let Some(step) = range_step(header, record) {
-                target.ranges.take(&step);
+                let origin = Origin {
+                    armed_ns: tracer.instance(header.instance).armed_at_ns,
+                    since_ns: tracer.recording().since_ns,
+                };
+                target.ranges.take(&step, origin);
             }
         } else if is(EventKind::Mapped) {
             target.look_at_code(tracer, files);
