@@ -106,6 +106,12 @@ impl<'a> Reading<'a> {
             former_neighbour_frees: site.former_neighbour_frees,
         }
     }
+
+    /// Blocks in the ledger that were born in a slice. A free may have been counted whose allocation was not yet when
+    /// this was read: that is none, not 4 billion.
+    fn live_of(&self, slice: usize) -> u32 {
+        self.births[slice].cast_signed().max(0).cast_unsigned()
+    }
 }
 
 /// Counters as they were.
@@ -258,7 +264,7 @@ impl Model {
         };
         for (id, reading) in readings {
             let neighbours = Neighbours {
-                blocks: reading.births[slice],
+                blocks: reading.live_of(slice),
                 frees: reading.former_neighbour_frees,
             };
             let site = SiteWindows {
@@ -358,8 +364,8 @@ impl Model {
             for (index, (members, cohort)) in
                 site.cohorts.iter_mut().zip(self.cohorts.list()).enumerate()
             {
-                let slices = &reading.births[cohort.slices.clone()];
-                let mut left: u64 = slices.iter().map(|&count| u64::from(count)).sum();
+                let slices = cohort.slices.clone();
+                let mut left: u64 = slices.map(|slice| u64::from(reading.live_of(slice))).sum();
                 if let Some(shared) = self.shared_slice
                     && cohort.slices.contains(&shared)
                 {
@@ -516,6 +522,27 @@ mod tests {
             births,
             former_neighbour_frees,
         }
+    }
+
+    #[test]
+    fn a_free_that_is_counted_before_its_allocation_leaves_no_blocks() {
+        const SITE: u32 = 7;
+        const SECOND_NS: u64 = 1_000_000_000;
+        let window = |at_s: u64| Window {
+            opened_ns: at_s * SECOND_NS,
+            intake_ended_ns: at_s * SECOND_NS + SECOND_NS / 5,
+            closed_ns: at_s * SECOND_NS + SECOND_NS / 3,
+        };
+        let slice = birth_slice(window(2).opened_ns);
+        let mut births = [0; BIRTH_SLICES];
+        births[slice] = 1_u32.wrapping_neg();
+        let mut model = Model::begin(2 * SECOND_NS, [(SITE, reading(0, 0, &births, 0))]);
+        births[slice] = 3;
+        model.push(&window(2), [(SITE, reading(3, 0, &births, 0))]);
+        assert_eq!(model.survival(SITE)[0].unresolved, 3);
+        births[slice] = 2_u32.wrapping_neg();
+        model.push(&window(60), [(SITE, reading(3, 3, &births, 0))]);
+        assert_eq!(model.survival(SITE)[0].unresolved, 0);
     }
 
     #[test]
