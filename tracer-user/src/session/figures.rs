@@ -251,7 +251,6 @@ impl Session {
     /// What was found. One of several is of what runs now, and has the ages of blocks only if a filter asks
     /// for them: they take a walk through the ledger.
     pub fn report(&mut self, depth: Depth) -> anyhow::Result<Report> {
-        self.own_use.look();
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         self.look_at_memory(depth == Depth::Final, |_| true);
         self.look_at(|_| true);
@@ -271,14 +270,20 @@ impl Session {
                 (target.number, self.account(target, sites, &ages, now_ns))
             })
             .collect();
-        Ok(assemble(
+        let report = assemble(
             self.overview(now_ns)?,
             &running,
             is_final.then_some(&self.past),
             &self.definitions,
             older,
             &mut self.names,
-        ))
+        );
+        // Now: the walk through the ledger and the names of all frames are work, too.
+        self.own_use.look(self.names.helper_use());
+        Ok(Report {
+            own_use: self.own_use,
+            ..report
+        })
     }
 
     /// The report without processes.

@@ -551,7 +551,7 @@ impl Session {
     /// The end of an interval: what is live now may be the most so far.
     pub fn tick(&mut self) -> anyhow::Result<()> {
         self.drain();
-        self.own_use.look();
+        self.own_use.look(self.names.helper_use());
         let mut live: HashMap<u32, u64> = HashMap::new();
         for id in self.tracer.site_ids() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);

@@ -127,6 +127,12 @@ impl Helper {
         })
     }
 
+    /// Its PID, until it has been waited for.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Whether no other module than this one can have harmed it.
     #[must_use]
     pub fn has_only_opened(&self, module: u32) -> bool {

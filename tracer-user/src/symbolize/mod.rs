@@ -26,6 +26,7 @@ use self::{
 };
 use crate::{
     files::{Generated, KnownFile, Location},
+    own_use::HelperUse,
     report::Frame,
 };
 
@@ -40,6 +41,7 @@ const LAST_LIMIT: Duration = Duration::from_secs(1);
 pub struct Names {
     wrappers: Wrappers,
     helper: Option<Helper>,
+    helper_use: HelperUse,
     limit: Duration,
     /// By the numbers of files.
     modules: HashMap<u64, Known>,
@@ -64,11 +66,17 @@ impl Names {
         Self {
             wrappers,
             helper: None,
+            helper_use: HelperUse::default(),
             limit: FIRST_LIMIT,
             modules: HashMap::new(),
             known: HashMap::new(),
             recorded: HashMap::new(),
         }
+    }
+
+    /// What was taken by the processes that read symbols.
+    pub(crate) const fn helper_use(&self) -> &HelperUse {
+        &self.helper_use
     }
 
     /// Notes what was known of a place in a file when it was recorded. It is looked up nevertheless if no line was known.
@@ -242,6 +250,7 @@ impl Names {
                 }
                 Err(error) => error,
             };
+            self.helper_use.ended();
             // Others may have left it little memory.
             let is_to_blame = self
                 .helper
@@ -277,7 +286,11 @@ impl Names {
             Some(helper) => helper,
             none => none.insert(Helper::start()?),
         };
-        helper.ask(module, calls, self.limit)
+        let answer = helper.ask(module, calls, self.limit);
+        if let Some(pid) = helper.pid() {
+            self.helper_use.look(pid);
+        }
+        answer
     }
 }
 
