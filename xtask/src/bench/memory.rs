@@ -33,7 +33,7 @@ const MILLION: u64 = 1_000_000;
 struct Seen {
     /// Of one core, while blocks came and went.
     cpu_percent: f64,
-    /// Meanwhile, and at most since the start.
+    /// Meanwhile, and at most from the start to its end, with its report.
     memory_mib: f64,
     peak_mib: f64,
     /// Kernel memory of the ledger for a live block.
@@ -69,7 +69,7 @@ pub(super) fn run(directory: &Path, rounds: usize, report: &mut Report) -> Resul
         table.row(std::iter::once(name.to_owned()).chain(cells).collect());
     };
     row("unfreed's memory", |seen| seen.memory_mib, 0, " MiB");
-    row("at most", |seen| seen.peak_mib, 0, " MiB");
+    row("at most, with the report", |seen| seen.peak_mib, 0, " MiB");
     row(
         "unfreed's time, of a core",
         |seen| seen.cpu_percent,
@@ -156,8 +156,8 @@ fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) 
         memory_mib = memory_mib.max(process::memory_mib(tracer.pid())?.0);
     }
     let own = tracer.own_since(start)?;
-    // What it does for its report is no part of the figures.
-    tracer.stop()?;
+    // What it does for its report is no part of its time, but of the most that it has.
+    let peak_mib = tracer.stop()?;
     drop(lines);
     let known = known_blocks(&text)?;
     // The block that another takes the place of is gone for a moment, and the program's own table is one.
@@ -168,7 +168,7 @@ fn session(directory: &Path, program: &OsString, blocks: u64, options: &[&str]) 
     Ok(Seen {
         cpu_percent: own.cpu * 100.0,
         memory_mib,
-        peak_mib: own.memory_mib,
+        peak_mib,
         entry_bytes: ledger_bytes / blocks as f64,
         kernel_mib: own.kernel_mib.unwrap_or(f64::NAN),
         events_per_s: events / periods,

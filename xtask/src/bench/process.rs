@@ -1,6 +1,7 @@
 //! Processes as /proc shows them, and those that the benchmarks start.
 
 use std::{
+    collections::HashMap,
     ffi::OsStr,
     fs,
     os::unix::fs::FileExt as _,
@@ -10,14 +11,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    time::{clock_getcpuclockid, clock_gettime},
+    unistd::Pid,
+};
 
 use crate::cmd;
 
 /// How long somebody may take to begin or to end.
 pub(super) const PATIENCE: Duration = Duration::from_secs(90);
-
-/// Ticks of the times in /proc, on every x86-64.
-const TICKS_PER_S: f64 = 100.0;
 
 /// CPU time of all threads that a process has, in nanoseconds.
 pub(super) fn cpu_ns(pid: u32) -> Result<f64> {
@@ -32,20 +34,12 @@ pub(super) fn cpu_ns(pid: u32) -> Result<f64> {
     Ok(sum)
 }
 
-/// CPU time of a process so far, those of its threads that ended included, in seconds.
+/// CPU time of a process so far, those of its threads that ended included, in seconds. By its clock: a tool that takes
+/// less than a tick of a hundredth of a second in a period would be free by /proc.
 pub(super) fn cpu_s(pid: u32) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))
-        .with_context(|| format!("failed to read the times of PID {pid}"))?;
-    // After the name, which may contain anything.
-    let fields: Vec<&str> = stat
-        .rsplit_once(") ")
-        .map(|(_, rest)| rest.split_whitespace().collect())
-        .unwrap_or_default();
-    let ticks = |index: usize| -> Result<f64> {
-        let field = fields.get(index).context("a stat file is too short")?;
-        Ok(field.parse()?)
-    };
-    Ok((ticks(11)? + ticks(12)?) / TICKS_PER_S)
+    let time = clock_getcpuclockid(Pid::from_raw(pid.cast_signed())).and_then(clock_gettime);
+    let time = time.with_context(|| format!("failed to read the times of PID {pid}"))?;
+    Ok(Duration::from(time).as_secs_f64())
 }
 
 /// Resident memory of a process, in MiB: now, and at most so far.
@@ -290,6 +284,25 @@ impl Process {
 
     /// Asks those to end, and waits until it does; with patience, not for ever.
     pub(super) fn end(&mut self, asked: &[u32], name: &str) -> Result<()> {
+        self.end_while(asked, name, |_| {})
+    }
+
+    /// The same. Gives the resident memory in MiB that it had at most until then, and beside it what each process had
+    /// that it started meanwhile.
+    pub(super) fn end_with_peak(&mut self, asked: &[u32], name: &str) -> Result<f64> {
+        let mut peaks: HashMap<u32, f64> = HashMap::new();
+        self.end_while(asked, name, |pid| {
+            for member in family(pid) {
+                // One that has ended has no memory any more.
+                if let Ok((_, peak)) = memory_mib(member) {
+                    peaks.insert(member, peak);
+                }
+            }
+        })?;
+        Ok(peaks.values().sum())
+    }
+
+    fn end_while(&mut self, asked: &[u32], name: &str, mut look: impl FnMut(u32)) -> Result<()> {
         if self.ended {
             return Ok(());
         }
@@ -305,6 +318,7 @@ impl Process {
                 }
                 self.child.wait().context("failed to wait")?;
             }
+            look(self.pid());
             std::thread::sleep(Duration::from_millis(5));
         }
         self.ended = true;
@@ -321,15 +335,36 @@ impl Drop for Process {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     #[test]
     fn test_this_process_is_read() {
         let pid = std::process::id();
         assert!(cpu_ns(pid).unwrap() > 0.0);
-        assert!(cpu_s(pid).unwrap() >= 0.0);
+        // Of a millisecond's work something is seen.
+        let (before, start) = (cpu_s(pid).unwrap(), Instant::now());
+        while start.elapsed() < Duration::from_millis(1) {}
+        assert!(cpu_s(pid).unwrap() > before);
         let (now, peak) = memory_mib(pid).unwrap();
         assert!(now > 0.0 && peak >= now, "{now} {peak}");
         assert_eq!(family(pid).first(), Some(&pid));
+    }
+
+    #[test]
+    fn test_what_a_process_takes_until_its_end_is_seen() {
+        // Told to end, it takes 50 MiB first.
+        let script = "trap 'x=$(head -c 50M /dev/zero | tr \\\\0 x); sleep 0.1; exit' TERM; echo; while :; do :; done";
+        let mut command = Command::new("bash");
+        let command = command.args(["-c", script]).stdout(Stdio::piped());
+        let mut process = Process::start(command).unwrap();
+        let pid = process.pid();
+        // It says when it listens.
+        let mut said = process.child().stdout.take().unwrap();
+        said.read_exact(&mut [0]).unwrap();
+        let (_, before) = memory_mib(pid).unwrap();
+        let peak = process.end_with_peak(&[pid], "TERM").unwrap();
+        assert!(peak > before + 40.0, "{before} {peak}");
     }
 }

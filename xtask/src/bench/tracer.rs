@@ -141,12 +141,14 @@ impl Tracer {
         })
     }
 
-    /// Ends it, and waits until the target is free of it.
-    pub(super) fn stop(mut self) -> Result<()> {
+    /// Ends it, and waits until the target is free of it. Gives the resident memory that it had at most, in MiB, what it
+    /// took for its report included.
+    pub(super) fn stop(mut self) -> Result<f64> {
         let pid = self.pid();
-        self.process.end(&[pid], self.way.signal())?;
+        let peak_mib = self.process.end_with_peak(&[pid], self.way.signal())?;
         process::wait_until("the breakpoints are gone", || {
             Ok(process::breakpoints(self.target, &self.allocator)? == 0)
-        })
+        })?;
+        Ok(peak_mib)
     }
 }

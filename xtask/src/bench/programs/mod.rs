@@ -124,7 +124,7 @@ fn table(load: &dyn Load, measured: &Rounds, report: &mut Report) {
             ratio(throughput),
             ratio(cpu),
             ratio(p99),
-            figure(cpu_share, 1, " %"),
+            figure(cpu_share, 2, " %"),
             figure(own(|m| m.own.map(|own| own.memory_mib)), 0, " MiB"),
             figure(own(|m| m.own.and_then(|own| own.kernel_mib)), 0, " MiB"),
         ]);
