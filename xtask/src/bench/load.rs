@@ -1,6 +1,7 @@
 //! Loads: programs that work, and of which a period can be measured in any way.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
@@ -12,7 +13,6 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::{
-    median,
     process::{self, Process},
     tracer::{Own, Tracer},
     way::Way,
@@ -312,13 +312,61 @@ impl Drop for Lines {
 }
 
 /// A line of `tests/fixtures/periods.h`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Sample {
     operations: f64,
     cpu_ns: f64,
     wall_ns: f64,
-    p99_ns: f64,
     leaked_blocks: f64,
+    times: Times,
+}
+
+/// How many operations took how long, by buckets: eighths of powers of two of nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Times(BTreeMap<u32, u64>);
+
+impl Times {
+    /// Of words like `BUCKET:COUNT`.
+    fn parse<'a>(words: impl Iterator<Item = &'a str>) -> Option<Self> {
+        /// What `periods.h` has.
+        const BUCKETS: u32 = 48 * 8;
+        let counts = words.map(|word| {
+            let (bucket, count) = word.split_once(':')?;
+            let bucket = bucket.parse().ok().filter(|bucket| *bucket < BUCKETS)?;
+            Some((bucket, count.parse().ok()?))
+        });
+        counts.collect::<Option<_>>().map(Self)
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (bucket, count) in &other.0 {
+            *self.0.entry(*bucket).or_default() += count;
+        }
+    }
+
+    /// The shortest time of a bucket.
+    fn start_ns(bucket: u32) -> f64 {
+        match bucket {
+            0..8 => f64::from(bucket),
+            _ => f64::from(8 + bucket % 8) * 2_f64.powi((bucket / 8).cast_signed() - 1),
+        }
+    }
+
+    /// What so large a part of the operations took at most, if any was timed. Those of a bucket are taken to be spread
+    /// evenly over it.
+    fn quantile_ns(&self, part: f64) -> Option<f64> {
+        let wanted = self.0.values().sum::<u64>() as f64 * part;
+        let mut before = 0.0;
+        for (bucket, count) in &self.0 {
+            let count = *count as f64;
+            if count > 0.0 && before + count >= wanted {
+                let [start, end] = [*bucket, *bucket + 1].map(Self::start_ns);
+                return Some(start + (end - start) * ((wanted - before) / count));
+            }
+            before += count;
+        }
+        None
+    }
 }
 
 impl Sample {
@@ -328,33 +376,29 @@ impl Sample {
     }
 
     fn parse(line: &str) -> Option<Self> {
-        let numbers: Vec<f64> = line
-            .split_whitespace()
-            .map(str::parse)
-            .collect::<Result<_, _>>()
-            .ok()?;
-        let [operations, cpu_ns, wall_ns, p99_ns, leaked_blocks, _] = numbers[..] else {
-            return None;
-        };
+        let mut words = line.split_whitespace();
+        let mut number = || words.next()?.parse().ok();
+        let numbers: [f64; 5] = [number()?, number()?, number()?, number()?, number()?];
+        let [operations, cpu_ns, wall_ns, leaked_blocks, _] = numbers;
         Some(Self {
             operations,
             cpu_ns,
             wall_ns,
-            p99_ns,
             leaked_blocks,
+            times: Times::parse(words)?,
         })
     }
 
-    /// All together: some may have been traced and others not. Of the percentiles, which cannot be added, the middle
-    /// one.
+    /// All together: some may have been traced and others not.
     pub(super) fn sum_up(samples: &[Self]) -> Period {
         let sum = |of: fn(&Self) -> f64| samples.iter().map(of).sum::<f64>();
         let operations = sum(|sample| sample.operations);
-        let p99_ns = median(samples.iter().map(|sample| sample.p99_ns).collect());
+        let mut times = Times::default();
+        samples.iter().for_each(|sample| times.add(&sample.times));
         Period {
             per_s: operations / sum(|sample| sample.wall_ns) * 1e9,
             cpu_ns: sum(|sample| sample.cpu_ns) / operations,
-            p99_ns: (p99_ns > 0.0).then_some(p99_ns),
+            p99_ns: times.quantile_ns(0.99),
         }
     }
 }
@@ -386,13 +430,33 @@ mod tests {
 
     #[test]
     fn test_only_lines_of_periods_are_read() {
-        let sample = Sample::parse("1000 5000000 10000000 12000 3 288").unwrap();
+        let sample = Sample::parse("1000 5000000 10000000 3 288").unwrap();
         assert!((sample.leaked_blocks - 3.0).abs() < f64::EPSILON);
         assert!(Sample::parse("heaptrack output will be written").is_none());
-        assert!(Sample::parse("1 2 3").is_none());
+        for other in ["1 2 3", "1 2 3 4 5 6", "1 2 3 4 5 384:1", "1 2 3 4 5 6:x"] {
+            assert!(Sample::parse(other).is_none(), "{other}");
+        }
         let period = Sample::sum_up(&[sample]);
         assert!((period.per_s - 100_000.0).abs() < 1e-6);
         assert!((period.cpu_ns - 5000.0).abs() < 1e-6);
-        assert_eq!(period.p99_ns, Some(12_000.0));
+        assert_eq!(period.p99_ns, None);
+    }
+
+    #[test]
+    fn test_the_slow_operations_of_few_lines_are_in_the_percentile() {
+        let start_ns = Times::start_ns;
+        assert_eq!(
+            [7, 8, 15, 16, 24, 80].map(start_ns),
+            [7.0, 8.0, 15.0, 16.0, 32.0, 4096.0]
+        );
+        // 4 of 20 lines have a tenth of their operations take ten times as long: 2 of 100.
+        let fast = "1000 1 1 0 0 80:1000";
+        let slow = "1000 1 1 0 0 80:900 106:100";
+        let lines = [fast; 16].into_iter().chain([slow; 4]);
+        let samples: Vec<Sample> = lines.map(|line| Sample::parse(line).unwrap()).collect();
+        let p99_ns = Sample::sum_up(&samples).p99_ns.unwrap();
+        assert!((p99_ns - f64::midpoint(start_ns(106), start_ns(107))).abs() < 1e-6);
+        let p99_ns = Sample::sum_up(&samples[..16]).p99_ns.unwrap();
+        assert!(p99_ns > start_ns(80) && p99_ns < start_ns(81));
     }
 }
