@@ -574,6 +574,12 @@ impl Report {
 
     /// Writes the report where and how the options say; to `otherwise` without `-o`.
     pub fn give(&self, options: &ReportOptions, otherwise: &mut dyn Write) -> anyhow::Result<()> {
+        if options.format == ReportFormat::Folded
+            && let Some(caveat) = folded::caveat(self)
+        {
+            // Whoever makes a picture of the report reads nothing else of it. Nobody listening is no error.
+            let _ = writeln!(Harmless(io::stderr()), "{caveat}");
+        }
         output::give(
             "the report",
             options.output.as_deref(),

@@ -10,7 +10,7 @@ use super::{
     },
     subjects, write_overview,
 };
-use crate::terminal::harmless;
+use crate::{sampling::Margins, terminal::harmless};
 
 /// What leaks, as a clause.
 fn leak(site: &SiteReport) -> String {
@@ -28,6 +28,20 @@ fn leak(site: &SiteReport) -> String {
     }
 }
 
+/// How far live bytes may be off, where blocks stand for others.
+fn of_bytes(margins: Option<Margins>) -> String {
+    margins.map_or_else(String::new, |margins| {
+        format!(" ± {}", bytes(margins.live_bytes))
+    })
+}
+
+/// The same of live blocks.
+fn of_blocks(margins: Option<Margins>) -> String {
+    margins.map_or_else(String::new, |margins| {
+        format!(" ± {}", count(margins.live_blocks))
+    })
+}
+
 /// One line a site of what the user had counted beside the heap.
 fn write_interim_family(
     process: &ProcessReport,
@@ -38,8 +52,9 @@ fn write_interim_family(
     let name = harmless(&family.name);
     writeln!(
         to,
-        "  {name}: {} not given back",
-        count(family.totals.live_blocks)
+        "  {name}: {}{} not given back",
+        count(family.totals.live_blocks),
+        of_blocks(family.totals.margins)
     )?;
     let mut holding: Vec<_> = process
         .sites
@@ -50,9 +65,10 @@ fn write_interim_family(
     for site in holding.iter().take(limit) {
         writeln!(
             to,
-            "{:>12} {:>9} of {:>9} taken   {}",
+            "{:>12} {:>9}{} of {:>9} taken   {}",
             "",
             count(site.live_blocks),
+            of_blocks(site.margins),
             count(site.allocs),
             callers(&site.stack)
         )?;
@@ -77,11 +93,12 @@ pub(in crate::report) fn write_interim(
         let totals = &process.totals;
         writeln!(
             to,
-            "PID {} {}: after {}, {} in {} not freed{}",
+            "PID {} {}: after {}, {}{} in {} not freed{}",
             process.pid,
             harmless(&process.comm),
             duration(process.duration_s),
             bytes(totals.live_bytes),
+            of_bytes(totals.margins),
             counted(totals.live_blocks, "block"),
             match report.windows {
                 Some(windows) => format!(
@@ -97,16 +114,22 @@ pub(in crate::report) fn write_interim(
             let age = duration(older_ms as f64 / 1e3);
             writeln!(to, "  of these, {} at least {age} old:", bytes(old))?;
         }
-        for site in process
+        let shown: Vec<_> = process
             .sites
             .iter()
             .filter(|site| site.live_blocks > 0 && site.family.is_none())
             .take(limit)
-        {
+            .collect();
+        // As wide as the widest: the columns after it are to stand below each other.
+        let margins = shown.iter().map(|site| of_bytes(site.margins));
+        let width = margins.map(|margin| margin.chars().count()).max();
+        let width = width.unwrap_or(0);
+        for site in shown {
             writeln!(
                 to,
-                "{:>12} {:>9} of {:>9} blocks  {}{}",
+                "{:>12}{:<width$} {:>9} of {:>9} blocks  {}{}",
                 bytes(site.live_bytes),
+                of_bytes(site.margins),
                 count(site.live_blocks),
                 count(site.allocs),
                 callers(&site.stack),
@@ -119,4 +142,75 @@ pub(in crate::report) fn write_interim(
         writeln!(to)?;
     }
     to.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{Totals, tests::report};
+
+    #[test]
+    fn figures_that_stand_for_others_say_how_far_they_may_be_off() {
+        let margins = Margins {
+            live_blocks: 30,
+            live_bytes: 2048,
+            ..Margins::default()
+        };
+        let site = |family: Option<&str>, margins| SiteReport {
+            family: family.map(str::to_owned),
+            allocs: 200,
+            live_blocks: 100,
+            live_bytes: 10 << 10,
+            margins,
+            ..SiteReport::default()
+        };
+        let totals = |margins| Totals {
+            allocs: 200,
+            live_blocks: 100,
+            live_bytes: 10 << 10,
+            margins,
+            ..Totals::default()
+        };
+        let text = |margins| {
+            let process = ProcessReport {
+                comm: "server".to_owned(),
+                totals: totals(margins),
+                families: vec![FamilyReport {
+                    name: "sockets".to_owned(),
+                    has_sizes: false,
+                    totals: totals(margins),
+                }],
+                sites: vec![
+                    site(None, margins),
+                    site(None, None),
+                    site(Some("sockets"), margins),
+                ],
+                ..ProcessReport::default()
+            };
+            let report = Report {
+                windows: None,
+                processes: vec![process],
+                ..report()
+            };
+            let mut text = Vec::new();
+            write_interim(&report, 10, &mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let sampled = text(Some(margins));
+        for line in [
+            ", 10.0 KiB ± 2.0 KiB in 100 blocks not freed\n",
+            "\n    10.0 KiB ± 2.0 KiB       100 of       200 blocks  ",
+            "\n    10.0 KiB                 100 of       200 blocks  ",
+            "  sockets: 100 ± 30 not given back\n",
+            "       100 ± 30 of       200 taken   ",
+        ] {
+            assert!(sampled.contains(line), "{line:?} in {sampled}");
+        }
+        let exact = text(None);
+        assert!(!exact.contains('±'), "{exact}");
+        assert!(
+            exact.contains("\n    10.0 KiB       100 of       200 blocks  "),
+            "{exact}"
+        );
+    }
 }
