@@ -75,12 +75,11 @@ fn random(state: &mut u64) -> f64 {
 fn windows(duty: f64, seed: u64) -> Vec<Window> {
     let schedule = Schedule::new(WINDOW, duty);
     let mut state = seed;
+    let cycle_s = schedule.mean_gap().as_secs_f64() + schedule.window().as_secs_f64();
     let (mut windows, mut at) = (Vec::new(), Duration::ZERO);
     loop {
-        at += schedule.gap(
-            random(&mut state),
-            schedule.ahead_s(at, windows.len() as u32),
-        );
+        let ahead_s = windows.len() as f64 * cycle_s - at.as_secs_f64();
+        at += schedule.gap(random(&mut state), ahead_s);
         let window = Window {
             opened_ns: at.as_nanos() as u64,
             intake_ended_ns: (at + schedule.intake).as_nanos() as u64,

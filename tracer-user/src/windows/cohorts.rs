@@ -33,19 +33,6 @@ pub(super) struct Members {
     pub(super) unresolved: u64,
 }
 
-/// What became of a cohort of a site: a point of its survival curve.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Survival {
-    /// Age of its youngest block, in seconds.
-    pub age_s: f64,
-    /// Blocks born.
-    pub allocs: u64,
-    /// Blocks that were live at the end of their window.
-    pub outlived: u64,
-    /// Blocks that are not known to have been freed: at least those that live.
-    pub unresolved: u64,
-}
-
 /// The cohorts of a session.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Cohorts {

@@ -13,7 +13,6 @@ mod schedule;
 #[cfg(test)]
 mod simulation;
 
-pub use cohorts::Survival;
 pub use estimate::{Doubt, Estimate, Interval, Rank};
 pub use model::{Model, Reading, Speed, Window};
 pub use replay::Replay;

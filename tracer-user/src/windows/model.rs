@@ -8,7 +8,7 @@ use tracer_common::{
 };
 
 use super::{
-    cohorts::{Change, Cohorts, Members, Survival, seconds},
+    cohorts::{Change, Cohorts, Members, seconds},
     estimate::{Calibration, Estimate, Rank},
 };
 use crate::limits::Spread;
@@ -226,7 +226,7 @@ pub(super) struct SiteWindows {
     pub(super) inconsistent: u32,
 }
 
-/// What windows have told of a process instance's sites so far.
+/// What windows have told of a process instance's sites so far: by default, before the first one.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
     cohorts: Cohorts,
@@ -248,12 +248,6 @@ pub struct Model {
 }
 
 impl Model {
-    /// Before the first window.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Before the first window, of a process whose allocations were recorded before. What its sites have counted until
     /// now, in nanoseconds on the clock of birth slices, belongs to no window.
     pub fn begin<'a>(now_ns: u64, readings: impl IntoIterator<Item = (u32, Reading<'a>)>) -> Self {
@@ -430,21 +424,9 @@ impl Model {
 
     /// The survival curve of a site, the oldest cohort first: how many of a cohort's blocks are
     /// still unresolved.
-    #[must_use]
-    pub fn survival(&self, site: u32) -> Vec<Survival> {
-        let Some(site) = self.sites.get(&site) else {
-            return Vec::new();
-        };
-        site.cohorts
-            .iter()
-            .zip(self.cohorts.list())
-            .map(|(members, cohort)| Survival {
-                age_s: self.now_s - cohort.last_s,
-                allocs: members.allocs,
-                outlived: members.outlived,
-                unresolved: members.unresolved,
-            })
-            .collect()
+    #[cfg(test)]
+    pub(super) fn survival(&self, site: u32) -> &[Members] {
+        self.sites.get(&site).map_or(&[], |site| &site.cohorts)
     }
 
     pub(super) const fn cohorts(&self) -> &Cohorts {

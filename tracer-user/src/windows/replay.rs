@@ -1,5 +1,8 @@
 //! A log of all allocator calls, as windows would have seen it: the rules of the ledger under windows, in
 //! plain code, for comparing estimates with the truth of the log.
+//!
+//! No session uses this: it is for tests, those of the logs that real programs made (`tests/tests/windows_simulation.rs`)
+//! included, which are in another crate.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -76,7 +79,7 @@ impl Replay {
             next: 0,
             ledger: HashMap::new(),
             sites: BTreeMap::new(),
-            model: Model::new(),
+            model: Model::default(),
         }
     }
 

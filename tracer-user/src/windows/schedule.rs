@@ -53,14 +53,6 @@ impl Schedule {
         self.window().mul_f64((1.0 - self.duty) / self.duty)
     }
 
-    /// How much windows are ahead of the duty cycle, in seconds, when this much of the session is over and so many
-    /// were open.
-    #[must_use]
-    pub fn ahead_s(&self, elapsed: Duration, windows: u32) -> f64 {
-        let cycle_s = self.mean_gap().as_secs_f64() + self.window().as_secs_f64();
-        f64::from(windows) * cycle_s - elapsed.as_secs_f64()
-    }
-
     /// How long to wait for the next window, from a random number of at least 0 and below 1, when windows are
     /// so much ahead of the duty cycle. The first window has to be waited for, too: what is in step with
     /// the start of the session would be seen always or never.
@@ -81,7 +73,7 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::windows::simulation::Random;
+    use crate::windows::simulation::{Random, ahead_s};
 
     #[test]
     fn windows_are_as_many_as_the_duty_cycle_asks_for() {
@@ -89,7 +81,7 @@ mod tests {
         let mut random = Random::new(1);
         let (mut elapsed, mut windows, mut short) = (Duration::ZERO, 0, 0);
         while windows < 2000 {
-            let ahead_s = schedule.ahead_s(elapsed, windows);
+            let ahead_s = ahead_s(&schedule, elapsed, windows);
             let gap = schedule.gap(random.uniform(), ahead_s);
             assert!(gap < schedule.mean_gap().mul_f64(7.5));
             short += u32::from(gap < schedule.mean_gap() / 10);

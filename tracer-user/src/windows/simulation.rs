@@ -103,6 +103,13 @@ fn ns(seconds: f64) -> u64 {
     (seconds * 1e9) as u64
 }
 
+/// How much windows are ahead of the duty cycle, in seconds, when this much of the session is over and so many were
+/// open.
+pub(super) fn ahead_s(schedule: &Schedule, elapsed: Duration, windows: u32) -> f64 {
+    let cycle_s = schedule.mean_gap().as_secs_f64() + schedule.window().as_secs_f64();
+    f64::from(windows) * cycle_s - elapsed.as_secs_f64()
+}
+
 /// Windows until the session is this old.
 fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) -> Vec<Window> {
     let mut windows = Vec::new();
@@ -111,7 +118,7 @@ fn windows(schedule: &Schedule, session_s: f64, random: &mut Random) -> Vec<Wind
         let elapsed = Duration::from_secs_f64(at_s);
         let gap = schedule.gap(
             random.uniform(),
-            schedule.ahead_s(elapsed, windows.len() as u32),
+            ahead_s(schedule, elapsed, windows.len() as u32),
         );
         // What attaching and detaching take.
         at_s += gap.as_secs_f64().max(0.005);
@@ -176,7 +183,7 @@ fn simulate(
     mut look: impl FnMut(&Model, f64),
 ) {
     let mut random = Random::new(seed);
-    let mut model = Model::new();
+    let mut model = Model::default();
     let mut counts = Counts::new();
     let mut ledger: Vec<Block> = Vec::new();
     for window in windows(schedule, session_s, &mut random) {
