@@ -8,6 +8,8 @@ mod moment;
 mod read;
 mod recorder;
 mod rows;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use moment::Moment;
@@ -70,7 +72,7 @@ CREATE TABLE site (
     family INTEGER NOT NULL,
     stack INTEGER REFERENCES stack (id),
     leak TEXT,                 -- what it leaks as windows told, JSON
-    counted BLOB,              -- what it has counted, as in look; later than all looks
+    counted BLOB,              -- what it has counted, as in look; later than all looks; nothing once its stack is another
     UNIQUE (process, hash)
 );
 CREATE TABLE look (

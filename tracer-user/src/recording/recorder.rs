@@ -234,14 +234,20 @@ impl Recorder {
                 batch.leaks.push((site.id, leak));
             }
         }
-        // A stack that was completed makes another site.
-        if let Some(sites) = known.sites.get_mut(&seen.number)
-            && sites.len() > seen.places.len()
-        {
-            let gone = sites.extract_if(|id, _| !seen.places.contains_key(id));
-            batch
-                .gone_sites
-                .extend(gone.map(|(_, site)| (seen.number, site.id)));
+        // A stack that was completed makes another site, and one whose stack was not yet heard of is one with all such:
+        // they go, and may come back. Their rows stay, so that none is there twice.
+        let nothing = Packed::new(&Tally::default()).into_bytes();
+        let gone = hash(&nothing);
+        for (id, site) in known.sites.get_mut(&seen.number).into_iter().flatten() {
+            if !seen.places.contains_key(id) {
+                if std::mem::replace(&mut site.counted, gone) != gone {
+                    batch.counted.push((site.id, Some(nothing.clone())));
+                }
+            } else if site.counted == gone && !matches!(seen.step, Step::Unseen) {
+                // It has counted what it had when it went: there is no look that says so.
+                site.counted = 0;
+                batch.counted.push((site.id, None));
+            }
         }
     }
 
@@ -265,6 +271,11 @@ impl Recorder {
     #[must_use]
     pub fn has_room(&self) -> bool {
         self.writer.waiting() < MOST_WAITING
+    }
+
+    #[cfg(test)]
+    pub(super) fn waits(&self) -> bool {
+        self.writer.waiting() > 0
     }
 
     /// Sends what was taken in, with the report without processes as it is now.

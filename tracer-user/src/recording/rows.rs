@@ -15,13 +15,11 @@ pub(super) struct Batch {
     pub(super) places: Vec<PlaceRow>,
     pub(super) stacks: Vec<StackRow>,
     pub(super) sites: Vec<SiteRow>,
-    /// Sites of processes that are others by now.
-    pub(super) gone_sites: Vec<(u64, i64)>,
     /// Stacks that sites have by now.
     pub(super) stacks_of_sites: Vec<(i64, i64)>,
     /// What sites leak by now, as JSON.
     pub(super) leaks: Vec<(i64, String)>,
-    /// What sites have counted by now, where there is no look for it.
+    /// What sites have counted by now, where there is no look for it; nothing if they are others by now.
     pub(super) counted: Vec<(i64, Option<Box<[u8]>>)>,
     pub(super) looks: Vec<Change<LookRow>>,
     pub(super) works: Vec<Change<WorkRow>>,

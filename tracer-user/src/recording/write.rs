@@ -337,12 +337,6 @@ fn write(to: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
                 signed(row.work.untracked_frees),
             ])?;
     }
-    for (process, site) in &batch.gone_sites {
-        to.prepare_cached("DELETE FROM look WHERE process = ? AND site = ?")?
-            .execute([signed(*process), *site])?;
-        to.prepare_cached("DELETE FROM site WHERE id = ?")?
-            .execute([site])?;
-    }
     for (place, frames) in &batch.names {
         to.prepare_cached("UPDATE place SET frames = ? WHERE id = ?")?
             .execute(params![frames, place])?;

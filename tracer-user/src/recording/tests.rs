@@ -1,0 +1,187 @@
+//! What is recorded by hand, and read again.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    rc::Rc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+use super::{Created, Range, Recorder, Recording, Seen, Step};
+use crate::{
+    account::{Account, SiteId, SitePlace},
+    definitions::Definitions,
+    discover::process::Process,
+    files::{Generated, Location},
+    history::{History, Judging, Tally, Work},
+    report::Report,
+    stacks::{Stack, StackEnd},
+    symbolize::{Names, debug_files::DebugFileSearch, wrappers::Wrappers},
+};
+
+const SECOND: u64 = 1_000_000_000;
+
+/// A session with one process.
+struct Session {
+    directory: TempDir,
+    recorder: Recorder,
+    history: History,
+    stacks: HashMap<SiteId, Rc<Stack>>,
+}
+
+/// A site by its function; the one of all whose stack is not known by none.
+fn site(function: &str) -> (SiteId, Option<Rc<Stack>>) {
+    if function.is_empty() {
+        return (SiteId::new(&[], None), None);
+    }
+    let locations = vec![Location::Generated(Generated {
+        function: Some(Rc::from(function)),
+        region: Rc::from("test"),
+        offset: 0,
+    })];
+    let id = SiteId::new(&locations, None);
+    let stack = Stack::recorded(locations, StackEnd::Root, false);
+    (id, Some(Rc::new(stack)))
+}
+
+fn account() -> Account {
+    Account {
+        process: Process::gone(7, "test"),
+        end: None,
+        from_start: true,
+        main_thread_exited: false,
+        untraced_children: 0,
+        unseen_vfork_children: 0,
+        untracked_frees: 0,
+        sampled_out: 0,
+        traced_ns: 0,
+        peak_live_bytes: 0,
+        quality: Default::default(),
+        memory: None,
+        sees_all_blocks: true,
+        exhaustion: None,
+        sites: HashMap::new(),
+    }
+}
+
+impl Session {
+    fn begin() -> Self {
+        Self::of(|_| {})
+    }
+
+    /// With a file that something was done to.
+    fn of(prepare: impl FnOnce(&mut Created)) -> Self {
+        let directory = TempDir::new().unwrap();
+        let mut created = Created::new(&directory.path().join("file"), 1 << 30).unwrap();
+        prepare(&mut created);
+        Self {
+            directory,
+            recorder: Recorder::begin(created).unwrap(),
+            history: History::default(),
+            stacks: HashMap::new(),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("file")
+    }
+
+    /// A look at sites that have allocated so many blocks of 100 bytes, which are live.
+    fn look(&mut self, at_s: u64, sites: &[(&str, u64)]) {
+        let mut tallies = HashMap::new();
+        let mut ids = Vec::new();
+        for (function, allocs) in sites {
+            let (id, stack) = site(function);
+            if let Some(stack) = stack {
+                self.stacks.entry(id).or_insert(stack);
+            }
+            let tally = Tally {
+                allocs: *allocs,
+                alloc_bytes: allocs * 100,
+                ..Tally::default()
+            };
+            tallies.insert(id, tally);
+            ids.push(id);
+        }
+        let work = Work {
+            allocs: tallies.values().map(|tally| tally.allocs).sum(),
+            untracked_frees: 0,
+        };
+        let place = |id: SiteId| SitePlace {
+            family: 0,
+            stack: self.stacks.get(&id),
+            leak: None,
+        };
+        let places = ids.iter().map(|id| (*id, place(*id))).collect();
+        let step = Step::Looked(self.history.look(at_s * SECOND, work, &tallies));
+        self.recorder.take(&Seen {
+            number: 1,
+            account: &account(),
+            armed_ns: 0,
+            ran_before: Duration::ZERO,
+            since_ns: 0,
+            at_ns: at_s * SECOND,
+            work,
+            step: &step,
+            tallies: &tallies,
+            places: &places,
+        });
+    }
+
+    /// Has what was seen so far written.
+    fn send(&mut self) {
+        let overview = crate::report::tests::report();
+        let (definitions, judging) = (Definitions::default(), Judging::default());
+        self.recorder.send(&overview, &definitions, &judging);
+    }
+
+    /// The sites that the file has, and how much they have allocated.
+    fn read(&self) -> HashMap<SiteId, u64> {
+        let report = report(&Recording::open(&self.path()).unwrap()).unwrap();
+        let sites = report.processes.iter().flat_map(|process| &process.sites);
+        sites
+            .map(|site| (site.id.parse().unwrap(), site.allocs))
+            .collect()
+    }
+
+    /// Waits until everything is in the file, or the thread that writes has ended.
+    fn settle(&self) {
+        let begin = Instant::now();
+        while self.recorder.waits() {
+            assert!(begin.elapsed() < Duration::from_secs(60), "it still waits");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn report(recording: &Recording) -> anyhow::Result<Report> {
+    let mut names = Names::new(Wrappers::new(Vec::new()));
+    let search = DebugFileSearch::new(Vec::new());
+    recording.report(Range::default(), None, &search, &mut names)
+}
+
+#[test]
+fn a_site_goes_and_comes_back_between_transactions() {
+    let mut session = Session::begin();
+    let expected = [("a", 3), ("", 5)].map(|(function, allocs)| (site(function).0, allocs));
+    session.look(1, &[("a", 1), ("", 5)]);
+    session.send();
+    // Gone and back in one transaction, then in several; it has counted the same, and something else.
+    session.look(2, &[("a", 2)]);
+    session.look(3, &[("a", 2), ("", 5)]);
+    session.send();
+    session.look(4, &[("a", 3)]);
+    session.send();
+    session.look(5, &[("a", 3), ("", 4)]);
+    session.look(6, &[("a", 3)]);
+    session.settle();
+    assert_eq!(session.read(), HashMap::from([expected[0]]));
+    session.look(7, &[("a", 3), ("", 5)]);
+    session.send();
+    session.settle();
+    assert_eq!(session.read(), HashMap::from(expected));
+    session.recorder.finish().unwrap();
+}
