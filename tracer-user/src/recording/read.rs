@@ -505,10 +505,14 @@ impl Recording {
     }
 }
 
-/// Nothing is written. Where the session may write on, or was killed, its log is read too.
+/// Nothing is written. Where the session may write on, or was killed, its log is read too. Everything is read as it was at
+/// one moment: a session that goes on writes new sites, and then looks at them.
 fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    Connection::open_with_flags(path, flags)
+    let db = Connection::open_with_flags(path, flags)?;
+    // It begins with what is read first, and ends with the connection.
+    db.execute_batch("BEGIN DEFERRED")?;
+    Ok(db)
 }
 
 fn damaged(path: &Path) -> String {

@@ -185,3 +185,17 @@ fn a_site_goes_and_comes_back_between_transactions() {
     assert_eq!(session.read(), HashMap::from(expected));
     session.recorder.finish().unwrap();
 }
+
+#[test]
+fn what_a_session_writes_meanwhile_is_not_half_read() {
+    let mut session = Session::begin();
+    session.look(1, &[("a", 1)]);
+    session.send();
+    session.settle();
+    let recording = Recording::open(&session.path()).unwrap();
+    session.look(2, &[("a", 2), ("b", 1)]);
+    session.send();
+    session.settle();
+    assert_eq!(report(&recording).unwrap().processes[0].sites[0].allocs, 1);
+    assert_eq!(session.read().len(), 2);
+}
