@@ -140,11 +140,7 @@ impl Session {
 
     /// The sites that the file has, and how much they have allocated.
     fn read(&self) -> HashMap<SiteId, u64> {
-        let report = report(&Recording::open(&self.path()).unwrap()).unwrap();
-        let sites = report.processes.iter().flat_map(|process| &process.sites);
-        sites
-            .map(|site| (site.id.parse().unwrap(), site.allocs))
-            .collect()
+        allocs(&Recording::open(&self.path()).unwrap())
     }
 
     /// Waits until everything is in the file, or the thread that writes has ended.
@@ -161,6 +157,15 @@ fn report(recording: &Recording) -> anyhow::Result<Report> {
     let mut names = Names::new(Wrappers::new(Vec::new()));
     let search = DebugFileSearch::new(Vec::new());
     recording.report(Range::default(), None, &search, &mut names)
+}
+
+/// The sites, and how much they have allocated.
+fn allocs(recording: &Recording) -> HashMap<SiteId, u64> {
+    let report = report(recording).unwrap();
+    let sites = report.processes.iter().flat_map(|process| &process.sites);
+    sites
+        .map(|site| (site.id.parse().unwrap(), site.allocs))
+        .collect()
 }
 
 #[test]
@@ -196,6 +201,34 @@ fn what_a_session_writes_meanwhile_is_not_half_read() {
     session.look(2, &[("a", 2), ("b", 1)]);
     session.send();
     session.settle();
-    assert_eq!(report(&recording).unwrap().processes[0].sites[0].allocs, 1);
+    assert_eq!(allocs(&recording), HashMap::from([(site("a").0, 1)]));
     assert_eq!(session.read().len(), 2);
+}
+
+#[test]
+fn one_who_reads_at_the_end_does_no_harm() {
+    let mut session = Session::begin();
+    session.look(1, &[("a", 1)]);
+    session.send();
+    session.settle();
+    let path = session.path();
+    let before = Recording::open(&path).unwrap();
+    session.look(2, &[("a", 2), ("b", 1)]);
+    session.send();
+    session.recorder.finish().unwrap();
+    assert_eq!(allocs(&before), HashMap::from([(site("a").0, 1)]));
+    let after = HashMap::from([("a", 2), ("b", 1)].map(|(function, n)| (site(function).0, n)));
+    assert_eq!(allocs(&Recording::open(&path).unwrap()), after);
+    drop(before);
+    assert_eq!(allocs(&Recording::open(&path).unwrap()), after);
+}
+
+#[test]
+fn after_the_end_it_is_a_single_file() {
+    let mut session = Session::begin();
+    session.look(1, &[("a", 1)]);
+    session.send();
+    session.recorder.finish().unwrap();
+    let files = std::fs::read_dir(session.directory.path()).unwrap();
+    assert_eq!(files.count(), 1);
 }

@@ -11,15 +11,19 @@ use std::{
         mpsc::{Receiver, Sender, channel},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, ErrorCode, Transaction, params};
 
 use super::{APPLICATION_ID, TABLES, VERSION, rows::Batch};
 
 /// What a file takes, unless the user says something else.
 pub const DEFAULT_MOST_BYTES: u64 = 1 << 30;
+
+/// How long readers are waited for at the end. A report takes less, most times.
+const READERS_TAKE: Duration = Duration::from_secs(1);
 
 /// A file that was made, and holds nothing yet.
 #[derive(Debug)]
@@ -106,6 +110,7 @@ impl Writer {
         let (to, from) = channel();
         let state = Arc::new(State::default());
         let file = File {
+            path: path.clone(),
             db,
             most_bytes,
             state: Arc::clone(&state),
@@ -177,6 +182,7 @@ impl Writer {
 
 /// The file, on its thread.
 struct File {
+    path: PathBuf,
     db: Connection,
     most_bytes: u64,
     state: Arc<State>,
@@ -193,9 +199,38 @@ impl File {
             }
             self.state.waiting.fetch_sub(1, Ordering::Relaxed);
         }
-        // One file that can be copied, and read where nothing can be written.
-        self.db.pragma_update(None, "journal_mode", "DELETE")?;
+        self.make_single()?;
         self.db.close().map_err(|(_, error)| error)?;
+        Ok(())
+    }
+
+    /// Makes one file of it that can be copied, and read where nothing can be written. Everything is written by now: if
+    /// somebody reads it on and on, it stays as it is.
+    fn make_single(&self) -> rusqlite::Result<()> {
+        let begin = Instant::now();
+        loop {
+            // That nobody has it open is not waited for by itself.
+            match self.db.pragma_update(None, "journal_mode", "DELETE") {
+                Err(error) if is_in_use(&error) => {}
+                result => return result,
+            }
+            if begin.elapsed() >= READERS_TAKE {
+                break;
+            }
+            thread::sleep(READERS_TAKE / 20);
+        }
+        // What a reader still needs as it was is not written over.
+        let (pages, written) = self
+            .db
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                Ok((row.get::<_, i64>(1)?, row.get::<_, i64>(2)?))
+            })?;
+        if pages != written {
+            let shown = self.path.display();
+            log::warn!(
+                "{shown} is being read: a part of it is in {shown}-wal, and both have to be kept"
+            );
+        }
         Ok(())
     }
 
@@ -232,6 +267,13 @@ impl File {
         }
         Ok(())
     }
+}
+
+fn is_in_use(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked)
+    )
 }
 
 fn write(to: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
