@@ -125,7 +125,10 @@ impl Recording {
         );
         let (report, families, warmup_ns, left_out) = match session {
             Err(rusqlite::Error::QueryReturnedNoRows) => {
-                bail!("{shown} holds nothing: the session ended before anything was recorded")
+                bail!(
+                    "{shown} holds nothing: the session ended before anything was recorded, or it was copied without \
+                     {shown}-wal while the session went on"
+                )
             }
             session => session.with_context(|| damaged(path))?,
         };

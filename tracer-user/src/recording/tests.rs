@@ -232,3 +232,15 @@ fn after_the_end_it_is_a_single_file() {
     let files = std::fs::read_dir(session.directory.path()).unwrap();
     assert_eq!(files.count(), 1);
 }
+
+#[test]
+fn a_copy_without_its_log_is_known_as_such() {
+    let mut session = Session::begin();
+    session.look(1, &[("a", 1)]);
+    session.send();
+    session.settle();
+    let copy = session.directory.path().join("copy");
+    std::fs::copy(session.path(), &copy).unwrap();
+    let error = Recording::open(&copy).unwrap_err().to_string();
+    assert!(error.contains("copy-wal"), "{error}");
+}

@@ -55,13 +55,14 @@ impl Created {
         }
         let set_up = || -> rusqlite::Result<Connection> {
             let db = Connection::open(path)?;
-            db.pragma_update(None, "journal_mode", "WAL")?;
             db.pragma_update(None, "synchronous", "FULL")?;
             // In KiB, if negative.
             db.pragma_update(None, "cache_size", -8192)?;
+            // Before there is a log: a copy without it is known as what it is.
             db.execute_batch(TABLES)?;
             db.pragma_update(None, "application_id", APPLICATION_ID)?;
             db.pragma_update(None, "user_version", VERSION)?;
+            db.pragma_update(None, "journal_mode", "WAL")?;
             Ok(db)
         };
         Ok(Self {
