@@ -263,6 +263,55 @@ fn what_is_no_whole_recording_is_refused_in_a_line() {
     }
 }
 
+/// A small file system, as long as this is there.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    fn mount(size: &str) -> Self {
+        let disk = Self(TempDir::new().expect("no directory"));
+        output_of(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+                .arg(disk.0.path()),
+        );
+        disk
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_disk_that_becomes_full_ends_the_recording_and_not_the_session() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let disk = SmallDisk::mount("256k");
+    let file = disk.0.path().join("full.unfreed");
+    let program = start(&leaker());
+    let live = recorded(&program, &file, &["--duration", "25"]).finish();
+    assert!(leak(live.report_with_code(1))["allocs"].as_u64() > Some(0));
+    let said = &live.finished.stderr;
+    assert_eq!(said.matches("ends here").count(), 1, "{said}");
+    assert!(said.contains("disk is full"), "{said}");
+    assert!(said.contains("as was said"), "{said}");
+
+    // What was written until then can be read, where there is room for what readers share.
+    let directory = TempDir::new().expect("no directory");
+    for name in ["full.unfreed", "full.unfreed-wal"] {
+        let from = disk.0.path().join(name);
+        if from.exists() {
+            fs::copy(from, directory.path().join(name)).expect("it can be copied");
+        }
+    }
+    let replay = replayed(&directory.path().join("full.unfreed"), &[]);
+    assert!(leak(replay.report_with_code(0))["allocs"].as_u64() > Some(0));
+}
+
 #[test]
 fn two_recordings_are_compared_site_by_site() {
     if !skip::is_root() {

@@ -30,8 +30,8 @@ use crate::{
 const LEAST_WAIT: Duration = Duration::from_secs(1);
 /// Transactions that wait for the disk.
 const MOST_WAITING: usize = 2;
-/// Looks that wait for the disk beside those, of some 300 bytes each.
-const MOST_LOOKS: usize = 1 << 18;
+/// Looks and the like that wait for the disk beside those, of some 300 bytes each.
+const MOST_ROWS: usize = 1 << 18;
 
 /// Records a session.
 #[derive(Debug)]
@@ -130,24 +130,29 @@ impl Recorder {
 
     /// Takes in a look at a process.
     pub fn take(&mut self, seen: &Seen<'_>) {
+        if self.writer.has_ended() {
+            self.batch = Batch::default();
+            return;
+        }
         if self.writer.is_full() {
             self.left_out += seen.tallies.len() as u64;
             return;
         }
-        if self.batch.looks.len() > MOST_LOOKS {
+        if self.batch.rows() > MOST_ROWS {
             self.batch = Batch::default();
             self.writer.give_up();
             return;
         }
         let Self { known, batch, .. } = self;
-        batch.processes.push(ProcessRow {
+        let process = ProcessRow {
             number: seen.number,
             account: json(seen.account),
             armed_ns: seen.armed_ns,
             ran_before_ns: seen.ran_before.as_nanos() as u64,
             since_ns: seen.since_ns,
             last_ns: seen.at_ns,
-        });
+        };
+        batch.processes.insert(seen.number, process);
         let packed = |id: &SiteId| {
             seen.tallies
                 .get(id)
@@ -171,7 +176,7 @@ impl Recorder {
                     };
                     let site = known.site(batch, seen.number, *id, place);
                     if std::mem::take(&mut site.counted) != 0 {
-                        batch.counted.push((site.id, None));
+                        batch.counted.insert(site.id, None);
                     }
                     let site = site.id;
                     batch.looks.push(Change {
@@ -200,7 +205,7 @@ impl Recorder {
                     let Some(counted) = packed(id) else { continue };
                     let site = known.site(batch, seen.number, *id, place);
                     if std::mem::take(&mut site.counted) != 0 {
-                        batch.counted.push((site.id, None));
+                        batch.counted.insert(site.id, None);
                     }
                     let site = site.id;
                     batch.looks.push(Change {
@@ -220,7 +225,7 @@ impl Recorder {
                     let site = known.site(batch, seen.number, *id, place);
                     let hash = hash(&counted);
                     if std::mem::replace(&mut site.counted, hash) != hash {
-                        batch.counted.push((site.id, Some(counted)));
+                        batch.counted.insert(site.id, Some(counted));
                     }
                 }
             }
@@ -231,7 +236,7 @@ impl Recorder {
             let site = known.site(batch, seen.number, *id, place);
             let hash = hash(&leak);
             if std::mem::replace(&mut site.leak, hash) != hash {
-                batch.leaks.push((site.id, leak));
+                batch.leaks.insert(site.id, leak);
             }
         }
         // A stack that was completed makes another site, and one whose stack was not yet heard of is one with all such:
@@ -241,18 +246,21 @@ impl Recorder {
         for (id, site) in known.sites.get_mut(&seen.number).into_iter().flatten() {
             if !seen.places.contains_key(id) {
                 if std::mem::replace(&mut site.counted, gone) != gone {
-                    batch.counted.push((site.id, Some(nothing.clone())));
+                    batch.counted.insert(site.id, Some(nothing.clone()));
                 }
             } else if site.counted == gone && !matches!(seen.step, Step::Unseen) {
                 // It has counted what it had when it went: there is no look that says so.
                 site.counted = 0;
-                batch.counted.push((site.id, None));
+                batch.counted.insert(site.id, None);
             }
         }
     }
 
     /// Takes in a mark, in nanoseconds since the session began.
     pub fn mark(&mut self, name: &str, at_ns: u64) {
+        if self.writer.has_ended() {
+            return;
+        }
         self.batch.marks.push((name.to_owned(), at_ns));
     }
 

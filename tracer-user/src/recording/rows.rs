@@ -1,5 +1,7 @@
 //! Rows, as they go to the file.
 
+use std::collections::{BTreeMap, HashMap};
+
 use tracer_common::alloc_spec;
 
 use crate::history::Work;
@@ -8,7 +10,8 @@ use crate::history::Work;
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) session: Option<SessionRow>,
-    pub(super) processes: Vec<ProcessRow>,
+    /// By their numbers, as they are by now.
+    pub(super) processes: BTreeMap<u64, ProcessRow>,
     /// Names and times of marks.
     pub(super) marks: Vec<(String, u64)>,
     pub(super) modules: Vec<ModuleRow>,
@@ -18,15 +21,22 @@ pub(super) struct Batch {
     /// Stacks that sites have by now.
     pub(super) stacks_of_sites: Vec<(i64, i64)>,
     /// What sites leak by now, as JSON.
-    pub(super) leaks: Vec<(i64, String)>,
+    pub(super) leaks: HashMap<i64, String>,
     /// What sites have counted by now, where there is no look for it; nothing if they are others by now.
-    pub(super) counted: Vec<(i64, Option<Box<[u8]>>)>,
+    pub(super) counted: HashMap<i64, Option<Box<[u8]>>>,
     pub(super) looks: Vec<Change<LookRow>>,
     pub(super) works: Vec<Change<WorkRow>>,
     /// Looks of sites that go, by their times.
     pub(super) thinned: Vec<Thinned>,
     /// Functions at places, as JSON.
     pub(super) names: Vec<(i64, String)>,
+}
+
+impl Batch {
+    /// Rows that become more the longer it waits.
+    pub(super) fn rows(&self) -> usize {
+        self.looks.len() + self.works.len() + self.thinned.len() + self.marks.len()
+    }
 }
 
 #[derive(Debug)]

@@ -244,3 +244,49 @@ fn a_copy_without_its_log_is_known_as_such() {
     let error = Recording::open(&copy).unwrap_err().to_string();
     assert!(error.contains("copy-wal"), "{error}");
 }
+
+/// A session whose disk became full.
+fn full_disk() -> Session {
+    let mut session = Session::of(|created| created.limit_pages(8));
+    session.look(1, &[("a", 1)]);
+    session.send();
+    session.settle();
+    let names: Vec<String> = (0..1000).map(|number| number.to_string()).collect();
+    let sites: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 1)).collect();
+    session.look(2, &sites);
+    session.send();
+    session.look(3, &[("a", 2)]);
+    session.send();
+    session.settle();
+    session
+}
+
+#[test]
+fn a_full_disk_is_told_once() {
+    let mut session = full_disk();
+    assert!(session.recorder.has_room());
+    let trouble = session
+        .recorder
+        .trouble()
+        .map(|trouble| format!("{trouble:#}"));
+    assert!(
+        trouble
+            .as_ref()
+            .is_some_and(|trouble| trouble.contains("disk is full")),
+        "{trouble:?}"
+    );
+    session.look(4, &[("a", 4)]);
+    session.recorder.mark("x", 4 * SECOND);
+    assert!(!session.recorder.is_due());
+    session.send();
+    assert!(session.recorder.trouble().is_none());
+    assert_eq!(session.read(), HashMap::from([(site("a").0, 1)]));
+    let error = format!("{:#}", session.recorder.finish().unwrap_err());
+    assert!(error.contains("as was said"), "{error}");
+}
+
+#[test]
+fn a_full_disk_is_told_at_the_end_if_it_was_not() {
+    let error = format!("{:#}", full_disk().recorder.finish().unwrap_err());
+    assert!(error.contains("disk is full"), "{error}");
+}

@@ -73,6 +73,19 @@ impl Created {
     }
 }
 
+#[cfg(test)]
+impl Created {
+    /// As if the disk had room for so many pages more.
+    pub(super) fn limit_pages(&mut self, more: i64) {
+        let db = self.db.as_ref().unwrap();
+        let pages: i64 = db
+            .pragma_query_value(None, "page_count", |row| row.get(0))
+            .unwrap();
+        db.pragma_update_and_check(None, "max_page_count", pages + more, |_| Ok(()))
+            .unwrap();
+    }
+}
+
 impl Drop for Created {
     /// Nothing was to be recorded.
     fn drop(&mut self) {
@@ -101,6 +114,7 @@ pub(super) struct Writer {
     to: Option<Sender<Batch>>,
     thread: Option<JoinHandle<anyhow::Result<()>>>,
     state: Arc<State>,
+    /// Why nothing is written any more, until that is told.
     trouble: Option<anyhow::Error>,
 }
 
@@ -134,18 +148,29 @@ impl Writer {
         self.state.is_full.load(Ordering::Relaxed)
     }
 
-    /// Batches that are not yet written.
+    /// Batches that are not yet written. What was sent to a thread that has ended is never.
     pub(super) fn waiting(&self) -> usize {
-        self.state.waiting.load(Ordering::Relaxed)
+        match self.thread.as_ref().is_some_and(|one| !one.is_finished()) {
+            true => self.state.waiting.load(Ordering::Relaxed),
+            false => 0,
+        }
+    }
+
+    /// Whether nothing is written any more.
+    pub(super) fn has_ended(&mut self) -> bool {
+        // While it is sent to, the thread ends only if something goes wrong.
+        if self.to.is_some() && self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.to = None;
+            self.trouble = self.join().err();
+        }
+        self.to.is_none()
     }
 
     pub(super) fn send(&mut self, batch: Batch) {
-        let Some(to) = &self.to else { return };
-        self.state.waiting.fetch_add(1, Ordering::Relaxed);
-        if to.send(batch).is_err() {
-            // The thread has ended, and says why.
-            self.to = None;
-            self.trouble = self.join().err();
+        if let Some(to) = &self.to {
+            self.state.waiting.fetch_add(1, Ordering::Relaxed);
+            // It fails if the thread has ended, which says why.
+            let _ = to.send(batch);
         }
     }
 
@@ -158,6 +183,7 @@ impl Writer {
 
     /// Why nothing is written any more, if so; told once.
     pub(super) fn trouble(&mut self) -> Option<anyhow::Error> {
+        self.has_ended();
         let trouble = self.trouble.take()?;
         Some(trouble.context(format!("the recording {} ends here", self.path.display())))
     }
@@ -171,6 +197,9 @@ impl Writer {
     }
 
     pub(super) fn finish(mut self) -> anyhow::Result<()> {
+        if let Some(trouble) = self.trouble() {
+            return Err(trouble);
+        }
         let shown = self.path.display().to_string();
         ensure!(
             self.to.take().is_some(),
@@ -287,7 +316,7 @@ fn write(to: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
                 signed(row.left_out)
             ])?;
     }
-    for row in &batch.processes {
+    for row in batch.processes.values() {
         to.prepare_cached(
             "INSERT INTO process VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (number) DO UPDATE
              SET account = ?2, ran_before_ns = ?4, since_ns = ?5, last_ns = ?6",

@@ -15,12 +15,12 @@ impl Session {
 
     /// Has what is new written, if it is time. What goes wrong ends the recording, not the session.
     pub(super) fn keep_recording(&mut self) {
-        if !self.recorder.as_ref().is_some_and(Recorder::is_due) {
-            return;
-        }
-        self.write_recording();
+        // Where nothing is written any more, nothing is due.
         if let Some(trouble) = self.recorder.as_mut().and_then(Recorder::trouble) {
             log::warn!("{trouble:#}");
+        }
+        if self.recorder.as_ref().is_some_and(Recorder::is_due) {
+            self.write_recording();
         }
     }
 
