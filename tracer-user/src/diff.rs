@@ -53,6 +53,12 @@ pub struct Side {
     /// The part of it that is compared, if not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<RangeReport>,
+    /// Looks at its sites that found no room in the recording.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_out: u64,
+    /// What was not seen, as in a report; without zeros.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub missed_events: BTreeMap<String, u64>,
 }
 
 /// A program in both.
@@ -115,7 +121,7 @@ struct Figure {
 }
 
 impl Diff {
-    /// Compares two reports.
+    /// Compares two reports. How much found no room in recordings of them is not known here.
     #[must_use]
     pub fn of(before: (&str, &Report), after: (&str, &Report)) -> Self {
         let side = |(name, report): (&str, &Report)| Side {
@@ -123,6 +129,13 @@ impl Diff {
             started: report.started.clone(),
             duration_s: report.duration_s,
             range: report.range,
+            left_out: 0,
+            missed_events: report
+                .missed_events
+                .iter()
+                .filter(|(_, number)| **number > 0)
+                .map(|(name, number)| (name.to_string(), *number))
+                .collect(),
         };
         let mut programs: BTreeMap<String, [Program; 2]> = BTreeMap::new();
         for (index, (_, report)) in [before, after].into_iter().enumerate() {
@@ -145,6 +158,11 @@ impl Diff {
     pub fn write_text(&self, limit: usize, to: &mut dyn Write) -> io::Result<()> {
         text::write(self, limit, &mut Harmless(to))
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+const fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 fn name(process: &ProcessReport) -> String {
@@ -398,6 +416,35 @@ mod tests {
                 (Change::Same, Some(Measure::LiveBytes))
             ]
         );
+    }
+
+    #[test]
+    fn what_one_of_them_lacks_is_told() {
+        let whole = report(&[holding("same", 10, 1000)]);
+        let mut gaps = whole.clone();
+        gaps.missed_events =
+            BTreeMap::from([("ledger_full".into(), 1234), ("missed_frees".into(), 0)]);
+        let mut diff = Diff::of(
+            (
+                "a",
+                &Report {
+                    missed_events: BTreeMap::new(),
+                    ..whole
+                },
+            ),
+            ("b", &gaps),
+        );
+        diff.before.left_out = 1;
+        let mut text = Vec::new();
+        diff.write_text(10, &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        for line in [
+            "The one before lacks something:\n  1 look at its sites found no room: the recording was full (--record-max)\n",
+            "The one after lacks something:\n  1,234 blocks were not recorded because the ledger was full",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
+        assert!(!text.contains("frees were not seen"), "{text}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
 pub fn diff(args: &Options) -> anyhow::Result<ExitCode> {
     output::check(args.output.as_deref())?;
     let search = DebugFileSearch::new(args.debug_dir.clone());
-    let report = |path: &Path, generation: Option<&String>| -> anyhow::Result<Report> {
+    let report = |path: &Path, generation: Option<&String>| -> anyhow::Result<(Report, u64)> {
         let recording = Recording::open(path)?;
         let range = match generation {
             Some(mark) => recording.generation(mark)?,
@@ -23,12 +23,16 @@ pub fn diff(args: &Options) -> anyhow::Result<ExitCode> {
         };
         // Files have numbers of their own in each.
         let mut names = Names::new(Wrappers::new(args.wrapper.clone()));
-        recording.report(range, None, &search, &mut names)
+        let report = recording.report(range, None, &search, &mut names)?;
+        Ok((report, recording.left_out()))
     };
     let (first, last) = (args.generation.first(), args.generation.last());
-    let (before, after) = (report(&args.before, first)?, report(&args.after, last)?);
+    let (before, left_out_before) = report(&args.before, first)?;
+    let (after, left_out_after) = report(&args.after, last)?;
     let [first, second] = [&args.before, &args.after].map(|path| path.display().to_string());
-    let diff = Diff::of((&first, &before), (&second, &after));
+    let mut diff = Diff::of((&first, &before), (&second, &after));
+    diff.before.left_out = left_out_before;
+    diff.after.left_out = left_out_after;
     output::give(
         "the comparison",
         args.output.as_deref(),

@@ -2,12 +2,14 @@
 
 use std::io::{self, Write};
 
+use tracer_common::missed::Missed;
+
 use super::{Change, Diff, Measure, Side, SiteDiff, growth};
 use crate::{
     report::{
         SiteReport,
         stack::write_frames,
-        units::{bytes, counted, duration},
+        units::{bytes, count, counted, duration},
     },
     terminal::harmless,
 };
@@ -15,13 +17,15 @@ use crate::{
 pub(super) fn write(diff: &Diff, limit: usize, to: &mut dyn Write) -> io::Result<()> {
     writeln!(to, "before: {}", side(&diff.before))?;
     writeln!(to, "after:  {}", side(&diff.after))?;
+    write_gaps("before", &diff.before, to)?;
+    write_gaps("after", &diff.after, to)?;
     for program in &diff.programs {
         let changed: Vec<_> = program
             .sites
             .iter()
             .filter(|site| site.change != Change::Same)
             .collect();
-        let count = |change| {
+        let number = |change| {
             program
                 .sites
                 .iter()
@@ -37,11 +41,11 @@ pub(super) fn write(diff: &Diff, limit: usize, to: &mut dyn Write) -> io::Result
         writeln!(
             to,
             "{} new, {} grown, {} shrunk, {} gone, {} the same",
-            count(Change::New),
-            count(Change::Grown),
-            count(Change::Shrunk),
-            count(Change::Gone),
-            count(Change::Same)
+            number(Change::New),
+            number(Change::Grown),
+            number(Change::Shrunk),
+            number(Change::Gone),
+            number(Change::Same)
         )?;
         for site in changed.iter().take(limit) {
             write_site(site, to)?;
@@ -65,6 +69,25 @@ fn side(side: &Side) -> String {
         Some(range) => format!("{whole}: {}", range.description()),
         None => whole,
     }
+}
+
+/// What is not in the figures of one: a difference may be that.
+fn write_gaps(which: &str, side: &Side, to: &mut dyn Write) -> io::Result<()> {
+    let missed = Missed::ALL.iter().filter_map(|missed| {
+        let number = *side.missed_events.get(missed.name())?;
+        Some(format!("{} {}", count(number), missed.effect()))
+    });
+    let full = (side.left_out > 0).then(|| {
+        format!(
+            "{} at its sites found no room: the recording was full (--record-max)",
+            counted(side.left_out, "look")
+        )
+    });
+    let gaps: Vec<String> = full.into_iter().chain(missed).collect();
+    if !gaps.is_empty() {
+        writeln!(to, "\nThe one {which} lacks something:")?;
+    }
+    gaps.iter().try_for_each(|gap| writeln!(to, "  {gap}"))
 }
 
 fn write_site(site: &SiteDiff, to: &mut dyn Write) -> io::Result<()> {

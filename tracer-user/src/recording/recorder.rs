@@ -40,8 +40,10 @@ pub struct Recorder {
     batch: Batch,
     sent: Instant,
     known: Known,
-    /// Looks of sites that found no room.
+    /// Looks of sites that found no room; and how many of them the file knows of.
     left_out: u64,
+    left_out_sent: u64,
+    is_full_told: bool,
 }
 
 /// What was sent to be written, and its ids.
@@ -125,6 +127,8 @@ impl Recorder {
             sent: Instant::now(),
             known: Known::default(),
             left_out: 0,
+            left_out_sent: 0,
+            is_full_told: false,
         })
     }
 
@@ -272,7 +276,8 @@ impl Recorder {
     /// Whether there is something to be sent, and it is time.
     #[must_use]
     pub fn is_due(&self) -> bool {
-        !self.batch.processes.is_empty() && self.sent.elapsed() >= LEAST_WAIT && self.has_room()
+        let is_new = !self.batch.processes.is_empty() || self.left_out > self.left_out_sent;
+        is_new && self.sent.elapsed() >= LEAST_WAIT && self.has_room()
     }
 
     /// Whether the disk keeps up. Else what is new waits here.
@@ -297,6 +302,7 @@ impl Recorder {
             left_out: self.left_out,
         });
         self.sent = Instant::now();
+        self.left_out_sent = self.left_out;
         self.writer.send(batch);
     }
 
@@ -314,6 +320,11 @@ impl Recorder {
     /// Why nothing is written any more, if so; told once.
     pub fn trouble(&mut self) -> Option<anyhow::Error> {
         self.writer.trouble()
+    }
+
+    /// Whether there is no room for anything new; told once.
+    pub fn became_full(&mut self) -> bool {
+        self.writer.is_full() && !std::mem::replace(&mut self.is_full_told, true)
     }
 
     /// Ends the recording, once everything that was sent is in the file. Fails if something is not.

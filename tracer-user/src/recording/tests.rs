@@ -69,13 +69,13 @@ fn account() -> Account {
 
 impl Session {
     fn begin() -> Self {
-        Self::of(|_| {})
+        Self::of(1 << 30, |_| {})
     }
 
-    /// With a file that something was done to.
-    fn of(prepare: impl FnOnce(&mut Created)) -> Self {
+    /// With a file of at most so many bytes, that something was done to.
+    fn of(most_bytes: u64, prepare: impl FnOnce(&mut Created)) -> Self {
         let directory = TempDir::new().unwrap();
-        let mut created = Created::new(&directory.path().join("file"), 1 << 30).unwrap();
+        let mut created = Created::new(&directory.path().join("file"), most_bytes).unwrap();
         prepare(&mut created);
         Self {
             directory,
@@ -247,7 +247,7 @@ fn a_copy_without_its_log_is_known_as_such() {
 
 /// A session whose disk became full.
 fn full_disk() -> Session {
-    let mut session = Session::of(|created| created.limit_pages(8));
+    let mut session = Session::of(1 << 30, |created| created.limit_pages(8));
     session.look(1, &[("a", 1)]);
     session.send();
     session.settle();
@@ -289,4 +289,27 @@ fn a_full_disk_is_told_once() {
 fn a_full_disk_is_told_at_the_end_if_it_was_not() {
     let error = format!("{:#}", full_disk().recorder.finish().unwrap_err());
     assert!(error.contains("disk is full"), "{error}");
+}
+
+#[test]
+fn what_finds_no_room_is_counted_meanwhile_and_told_once() {
+    let mut session = Session::of(1, |_| {});
+    session.look(1, &[("a", 1), ("b", 1)]);
+    session.send();
+    session.settle();
+    assert!(session.recorder.became_full());
+    session.look(2, &[("a", 2), ("b", 1)]);
+    assert!(!session.recorder.became_full());
+    let begin = Instant::now();
+    while !session.recorder.is_due() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it is never due");
+        thread::sleep(Duration::from_millis(10));
+    }
+    session.send();
+    assert!(!session.recorder.is_due());
+    session.settle();
+    let recording = Recording::open(&session.path()).unwrap();
+    assert_eq!(recording.left_out(), 2);
+    let expected = [("a", 1), ("b", 1)].map(|(function, allocs)| (site(function).0, allocs));
+    assert_eq!(allocs(&recording), HashMap::from(expected));
 }

@@ -15,11 +15,19 @@ impl Session {
 
     /// Has what is new written, if it is time. What goes wrong ends the recording, not the session.
     pub(super) fn keep_recording(&mut self) {
+        let Some(recorder) = &mut self.recorder else {
+            return;
+        };
         // Where nothing is written any more, nothing is due.
-        if let Some(trouble) = self.recorder.as_mut().and_then(Recorder::trouble) {
+        if let Some(trouble) = recorder.trouble() {
             log::warn!("{trouble:#}");
         }
-        if self.recorder.as_ref().is_some_and(Recorder::is_due) {
+        if recorder.became_full() {
+            log::warn!(
+                "the recording is full (--record-max): what its sites count from now on finds no room"
+            );
+        }
+        if recorder.is_due() {
             self.write_recording();
         }
     }
