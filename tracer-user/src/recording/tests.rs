@@ -91,6 +91,16 @@ impl Session {
 
     /// A look at sites that have allocated so many blocks of 100 bytes, which are live.
     fn look(&mut self, at_s: u64, sites: &[(&str, u64)]) {
+        self.see(at_s, sites, false);
+    }
+
+    /// A mark at which they have.
+    fn mark(&mut self, at_s: u64, sites: &[(&str, u64)]) {
+        self.see(at_s, sites, true);
+        self.recorder.mark("mark", at_s * SECOND);
+    }
+
+    fn see(&mut self, at_s: u64, sites: &[(&str, u64)], is_mark: bool) {
         let mut tallies = HashMap::new();
         let mut ids = Vec::new();
         for (function, allocs) in sites {
@@ -116,14 +126,21 @@ impl Session {
             leak: None,
         };
         let places = ids.iter().map(|id| (*id, place(*id))).collect();
-        let step = Step::Looked(self.history.look(at_s * SECOND, work, &tallies));
+        let at_ns = at_s * SECOND;
+        let step = match is_mark {
+            true => {
+                self.history.restart(at_ns, tallies.clone());
+                Step::Restarted
+            }
+            false => Step::Looked(self.history.look(at_ns, work, &tallies)),
+        };
         self.recorder.take(&Seen {
             number: 1,
             account: &account(),
             armed_ns: 0,
             ran_before: Duration::ZERO,
-            since_ns: 0,
-            at_ns: at_s * SECOND,
+            since_ns: self.history.since_ns(),
+            at_ns,
             work,
             step: &step,
             tallies: &tallies,
@@ -154,9 +171,13 @@ impl Session {
 }
 
 fn report(recording: &Recording) -> anyhow::Result<Report> {
+    report_of(recording, Range::default())
+}
+
+fn report_of(recording: &Recording, range: Range) -> anyhow::Result<Report> {
     let mut names = Names::new(Wrappers::new(Vec::new()));
     let search = DebugFileSearch::new(Vec::new());
-    recording.report(Range::default(), None, &search, &mut names)
+    recording.report(range, None, &search, &mut names)
 }
 
 /// The sites, and how much they have allocated.
@@ -312,4 +333,35 @@ fn what_finds_no_room_is_counted_meanwhile_and_told_once() {
     assert_eq!(recording.left_out(), 2);
     let expected = [("a", 1), ("b", 1)].map(|(function, allocs)| (site(function).0, allocs));
     assert_eq!(allocs(&recording), HashMap::from(expected));
+}
+
+#[test]
+fn the_zero_of_a_generation_stays_where_looks_go_for_room() {
+    for place in 2..6 {
+        let mut session = Session::of(1 << 30, |_| {});
+        for at_s in 1..10 {
+            let sites = [("a", at_s)];
+            match at_s == place {
+                true => session.mark(at_s, &sites),
+                false => session.look(at_s, &sites),
+            }
+        }
+        // Nor does that of a generation before the last.
+        session.mark(10, &[("a", 10)]);
+        session.look(11, &[("a", 11)]);
+        session.send();
+        let path = session.path();
+        session.recorder.finish().unwrap();
+        super::write::make_room(&path);
+        let recording = Recording::open(&path).unwrap();
+        let range = |from_s| Range {
+            from: Some(Duration::from_secs(from_s)),
+            to: (from_s < 10).then_some(Duration::from_secs(10)),
+            is_generation: true,
+        };
+        for (from_s, expected) in [(place, 10 - place), (10, 1)] {
+            let report = report_of(&recording, range(from_s)).unwrap();
+            assert_eq!(report.processes[0].sites[0].allocs, expected, "{place}");
+        }
+    }
 }

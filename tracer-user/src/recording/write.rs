@@ -274,7 +274,8 @@ impl File {
         Ok(pages * u64::from(pragma("page_size")?))
     }
 
-    /// Lets every other look of each site go, but for its first and its last. If that is not much, the file is full.
+    /// Lets every other look of each site go, but for its first, its last, and those from which others are subtracted:
+    /// where a history begins, and at marks. If that is not much, the file is full.
     fn make_room(&mut self) -> anyhow::Result<()> {
         let transaction = self.db.transaction()?;
         for (table, of) in [("look", "process, site"), ("work", "process")] {
@@ -286,7 +287,10 @@ impl File {
                                 row_number() OVER (PARTITION BY {of} ORDER BY at_ns) AS place,
                                 count() OVER (PARTITION BY {of}) AS places
                             FROM {table})
-                        WHERE place % 2 = 0 AND place < places)"
+                        WHERE place % 2 = 0 AND place < places)
+                    AND (process, at_ns) NOT IN (
+                        SELECT number, since_ns FROM process
+                        UNION SELECT process.number, mark.at_ns - armed_ns FROM process, mark)"
                 ),
                 [],
             )?;
@@ -297,6 +301,24 @@ impl File {
         }
         Ok(())
     }
+}
+
+/// As if a file were larger than it may be.
+#[cfg(test)]
+pub(super) fn make_room(path: &Path) {
+    let mut file = File {
+        path: path.to_owned(),
+        db: Connection::open(path).unwrap(),
+        most_bytes: 0,
+        state: Arc::default(),
+    };
+    let looks = |file: &File| -> i64 {
+        let count = "SELECT count() FROM look";
+        file.db.query_row(count, [], |row| row.get(0)).unwrap()
+    };
+    let before = looks(&file);
+    file.make_room().unwrap();
+    assert!(looks(&file) < before, "{before} looks");
 }
 
 fn is_in_use(error: &rusqlite::Error) -> bool {
