@@ -83,7 +83,7 @@ struct Site {
     family: alloc_spec::Family,
     stack: Option<i64>,
     leak: Option<String>,
-    counted: Option<Vec<u8>>,
+    counted: Option<Packed>,
 }
 
 impl Recording {
@@ -388,7 +388,7 @@ impl Recording {
                         family: row.get(2)?,
                         stack: row.get(3)?,
                         leak: row.get(4)?,
-                        counted: row.get(5)?,
+                        counted: row.get::<_, Option<_>>(5)?.map(packed),
                     };
                     Ok((row.get(0)?, site))
                 },
@@ -403,7 +403,7 @@ impl Recording {
                 let look = Look {
                     at_ns: unsigned(row, 1)?,
                     until_ns: unsigned(row, 2)?,
-                    seen: Packed::from_bytes(row.get::<_, Vec<u8>>(3)?.into()),
+                    seen: packed(row.get(3)?),
                 };
                 Ok((row.get::<_, i64>(0)?, look))
             },
@@ -411,7 +411,7 @@ impl Recording {
             let site = sites.get(&site).context("a site is missing")?;
             looks.entry(site.id).or_default().push(look);
         }
-        let work = self.rows_of(
+        let mut work = self.rows_of(
             "SELECT at_ns, until_ns, allocs, untracked_frees FROM work WHERE process = ? ORDER BY at_ns",
             number,
             |row| {
@@ -425,13 +425,25 @@ impl Recording {
                 })
             },
         )?;
+        // A row tells until when it held only once there is a next one. Where calls are not recorded all the time, no look
+        // was had since.
+        let mut is_unseen = false;
+        for site in sites.values() {
+            match &site.counted {
+                None => hold(looks.get_mut(&site.id), process.last_ns),
+                Some(counted) => is_unseen |= counted.tally() != Tally::default(),
+            }
+        }
+        if !is_unseen {
+            hold(Some(&mut work), process.last_ns);
+        }
         let is_whole = to_ns >= process.last_ns;
         let mut accounts = HashMap::new();
         for site in sites.into_values() {
             let looks = looks.get(&site.id).map_or(&[][..], Vec::as_slice);
             let counted = match site.counted {
                 // Later than all looks.
-                Some(counted) if is_whole => Some(Packed::from_bytes(counted.into()).tally()),
+                Some(counted) if is_whole => Some(counted.tally()),
                 _ => counted_by(looks, to_ns),
             };
             let Some(counted) = counted else { continue };
@@ -531,10 +543,21 @@ fn definitions(text: &str) -> anyhow::Result<Definitions> {
     Ok(Definitions::of_families(families, mappings))
 }
 
+/// What was seen last was so until then.
+fn hold<T>(looks: Option<&mut Vec<Look<T>>>, until_ns: u64) {
+    if let Some(last) = looks.and_then(|looks| looks.last_mut()) {
+        last.until_ns = last.until_ns.max(until_ns);
+    }
+}
+
 /// What a site had counted by a time.
 fn counted_by(looks: &[Look<Packed>], at_ns: u64) -> Option<Tally> {
     let after = looks.partition_point(|look| look.at_ns <= at_ns);
     looks[..after].last().map(|look| look.seen.tally())
+}
+
+fn packed(bytes: Vec<u8>) -> Packed {
+    Packed::from_bytes(bytes.into())
 }
 
 fn json<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {

@@ -10,6 +10,8 @@ use std::{
 
 use tempfile::TempDir;
 
+use tracer_common::histogram::birth_slice;
+
 use super::{Created, Range, Recorder, Recording, Seen, Step};
 use crate::{
     account::{Account, SiteId, SitePlace},
@@ -108,7 +110,14 @@ impl Session {
             if let Some(stack) = stack {
                 self.stacks.entry(id).or_insert(stack);
             }
+            let mut births = Vec::new();
+            // One block a second.
+            for born in (1..=*allocs).map(|second| birth_slice(second * SECOND)) {
+                births.resize(births.len().max(born + 1), 0);
+                births[born] += 1;
+            }
             let tally = Tally {
+                births,
                 allocs: *allocs,
                 alloc_bytes: allocs * 100,
                 ..Tally::default()
@@ -363,5 +372,25 @@ fn the_zero_of_a_generation_stays_where_looks_go_for_room() {
             let report = report_of(&recording, range(from_s)).unwrap();
             assert_eq!(report.processes[0].sites[0].allocs, expected, "{place}");
         }
+    }
+}
+
+#[test]
+fn what_does_nothing_any_more_is_judged_as_it_was() {
+    let mut session = Session::begin();
+    for at_s in 1..100 {
+        session.look(at_s, &[("idle", at_s.min(30)), ("busy", at_s)]);
+    }
+    session.send();
+    let path = session.path();
+    session.recorder.finish().unwrap();
+    let report = report(&Recording::open(&path).unwrap()).unwrap();
+    assert_eq!(report.processes[0].sites.len(), 2);
+    for site in &report.processes[0].sites {
+        let id = site.id.parse().unwrap();
+        let live = session
+            .history
+            .judge(id, &Judging::default(), Duration::ZERO);
+        assert_eq!(site.judgement(), live, "{id}");
     }
 }
