@@ -396,10 +396,10 @@ impl Packed {
         Self(postcard::to_allocvec(tally).unwrap_or_default().into())
     }
 
-    /// Of bytes that were packed before.
-    #[must_use]
-    pub const fn from_bytes(bytes: Box<[u8]>) -> Self {
-        Self(bytes)
+    /// Of bytes that were packed before. Fails if they are damaged.
+    pub fn from_bytes(bytes: Box<[u8]>) -> Result<Self, postcard::Error> {
+        postcard::from_bytes::<Tally>(&bytes)?;
+        Ok(Self(bytes))
     }
 
     /// As bytes.
@@ -408,9 +408,10 @@ impl Packed {
         self.0
     }
 
-    /// What was packed; nothing if it is damaged.
+    /// What was packed.
     #[must_use]
     pub fn tally(&self) -> Tally {
+        // It could be unpacked before.
         let mut tally: Tally = postcard::from_bytes(&self.0).unwrap_or_default();
         tally.lifetimes.truncate(LIFETIME_SLOTS);
         tally.births.truncate(BIRTH_SLICES);

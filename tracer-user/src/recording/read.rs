@@ -388,7 +388,10 @@ impl Recording {
                         family: row.get(2)?,
                         stack: row.get(3)?,
                         leak: row.get(4)?,
-                        counted: row.get::<_, Option<_>>(5)?.map(packed),
+                        counted: row
+                            .get::<_, Option<_>>(5)?
+                            .map(|bytes| packed(5, bytes))
+                            .transpose()?,
                     };
                     Ok((row.get(0)?, site))
                 },
@@ -403,7 +406,7 @@ impl Recording {
                 let look = Look {
                     at_ns: unsigned(row, 1)?,
                     until_ns: unsigned(row, 2)?,
-                    seen: packed(row.get(3)?),
+                    seen: packed(3, row.get(3)?)?,
                 };
                 Ok((row.get::<_, i64>(0)?, look))
             },
@@ -556,8 +559,14 @@ fn counted_by(looks: &[Look<Packed>], at_ns: u64) -> Option<Tally> {
     looks[..after].last().map(|look| look.seen.tally())
 }
 
-fn packed(bytes: Vec<u8>) -> Packed {
-    Packed::from_bytes(bytes.into())
+fn packed(column: usize, bytes: Vec<u8>) -> rusqlite::Result<Packed> {
+    Packed::from_bytes(bytes.into()).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(
+            column,
+            rusqlite::types::Type::Blob,
+            format!("failed to unpack what a site had counted: {error}").into(),
+        )
+    })
 }
 
 fn json<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {

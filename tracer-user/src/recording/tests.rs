@@ -394,3 +394,22 @@ fn what_does_nothing_any_more_is_judged_as_it_was() {
         assert_eq!(site.judgement(), live, "{id}");
     }
 }
+
+#[test]
+fn a_damaged_look_is_no_zero() {
+    for damage in [
+        "UPDATE look SET counted = x'ff'",
+        "UPDATE site SET counted = x''",
+    ] {
+        let mut session = Session::begin();
+        session.look(1, &[("a", 1)]);
+        session.send();
+        let path = session.path();
+        session.recorder.finish().unwrap();
+        let db = rusqlite::Connection::open(&path).unwrap();
+        db.execute(damage, []).unwrap();
+        drop(db);
+        let error = report(&Recording::open(&path).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("is damaged"), "{error:#}");
+    }
+}
