@@ -469,7 +469,8 @@ impl History {
 
     /// Takes in a look at all sites that have allocated something. Gives what changes by it.
     pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) -> Changes {
-        self.last_ns = at_ns;
+        // A history that began later knows of nothing before.
+        self.last_ns = at_ns.max(self.since_ns);
         let mut changes = Changes {
             work: self.work.push(at_ns, work, self.fineness),
             ..Changes::default()
@@ -578,6 +579,25 @@ mod tests {
         let kept = history.site(ids[0]);
         assert!(kept.len() < 25 && kept.len() > 3, "{}", kept.len());
         assert_eq!(kept.last().map(|look| look.seen.allocs), Some(60));
+    }
+
+    #[test]
+    fn a_history_that_began_after_its_last_look_is_of_no_time() {
+        let id = SiteId::new(&[], None);
+        let tally = Tally {
+            allocs: 5,
+            ..Tally::default()
+        };
+        let sites = HashMap::from([(id, tally)]);
+        let mut history = History::default();
+        history.restart(100 * SECOND, sites.clone());
+        history.look(50 * SECOND, Work::default(), &sites);
+        let judged = history.judge(id, &Judging::default(), Duration::ZERO);
+        assert!(
+            judged.why.starts_with("0 allocated in 0 s"),
+            "{}",
+            judged.why
+        );
     }
 
     #[test]

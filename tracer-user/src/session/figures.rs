@@ -104,7 +104,7 @@ impl Session {
             sees_vfork: self.sees_vfork(target.instance),
             definitions: &self.definitions,
             judging: &self.judging,
-            is_marked: self.is_marked(),
+            is_marked: self.is_since_mark(target),
         };
         Account {
             exhaustion: self.exhaustion(target),
@@ -133,7 +133,16 @@ impl Session {
         for instance in instances.collect::<Vec<_>>() {
             let sites = by_instance.get(&instance).map_or(&[][..], Vec::as_slice);
             let state = self.tracer.instance(instance);
-            if state.armed_at_ns == 0 || (sites.is_empty() && self.recorder.is_none()) {
+            if state.armed_at_ns == 0 {
+                continue;
+            }
+            let since_ns = since_ns.saturating_sub(state.armed_at_ns);
+            // Who has no sites yet has to begin anew too: what comes after is since then.
+            let is_to_begin = self
+                .targets
+                .get(&instance)
+                .is_some_and(|target| target.history.since_ns() != since_ns);
+            if sites.is_empty() && self.recorder.is_none() && !is_to_begin {
                 continue;
             }
             let leaks = match self.recorder {
@@ -169,9 +178,10 @@ impl Session {
                 untracked_frees: state.untracked_frees,
             };
             let at_ns = figures.now_ns.saturating_sub(state.armed_at_ns);
-            let since_ns = since_ns.saturating_sub(state.armed_at_ns);
+            // Nothing comes any more of who had ended by then; what it did before is what is known of it.
+            let is_over = target.end.is_some() && at_ns < since_ns;
             let step = match () {
-                () if !is_continuous => Step::Unseen,
+                () if !is_continuous || is_over => Step::Unseen,
                 () if target.history.since_ns() != since_ns => {
                     target.history.restart(since_ns, tallies.clone());
                     Step::Restarted
@@ -190,7 +200,10 @@ impl Session {
                         .wrapping_sub(self.started_ns)
                         .cast_signed(),
                     ran_before: target.ran_before(),
-                    since_ns,
+                    since_ns: match is_over {
+                        true => target.history.since_ns(),
+                        false => since_ns,
+                    },
                     at_ns,
                     work,
                     step: &step,

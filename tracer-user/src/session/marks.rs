@@ -1,7 +1,7 @@
 //! Marks: what is allocated after one is told apart from what was there before.
 
 use super::Session;
-use crate::{bpf::tracer::monotonic_ns, report::GenerationReport};
+use crate::{bpf::tracer::monotonic_ns, report::GenerationReport, target::Target};
 
 /// A mark, and what the blocks that were allocated from there to the next one came to.
 #[derive(Clone, Debug)]
@@ -25,6 +25,8 @@ impl Session {
             self.traces_all_the_time() && self.windows_report().is_none(),
             "calls are not recorded all the time (--max-overhead, --exact): what a mark would tell apart is not known"
         );
+        // Who has ended by now is not looked at again.
+        self.look_at(|_| true);
         self.end_generation(monotonic_ns());
         let at_ns = self.tracer.mark();
         // Histories begin anew.
@@ -50,6 +52,12 @@ impl Session {
         self.marks.last().is_some_and(|mark| mark.at_ns == since_ns)
     }
 
+    /// Whether a process was still there at the last mark, and histories began at that and at nothing since.
+    pub(super) fn is_since_mark(&self, target: &Target) -> bool {
+        let since_ns = self.tracer.recording().since_ns;
+        self.is_marked() && target.end_ns.is_none_or(|end_ns| end_ns >= since_ns)
+    }
+
     /// Notes what the last generation has come to.
     fn end_generation(&mut self, now_ns: u64) {
         if !self.is_marked() {
@@ -57,7 +65,10 @@ impl Session {
         }
         let [mut allocs, mut live_blocks, mut live_bytes] = [0; 3];
         let by_instance = self.heap_sites();
-        for target in self.targets.values().filter(|target| target.end.is_none()) {
+        for target in self.targets.values() {
+            if target.end.is_some() || !self.is_since_mark(target) {
+                continue;
+            }
             let sites = by_instance
                 .get(&target.instance)
                 .map_or(&[][..], Vec::as_slice);

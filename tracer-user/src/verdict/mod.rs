@@ -139,6 +139,11 @@ pub fn judge(case: &Case<'_>) -> Judgement {
     let Some(last) = case.site.last().map(|look| &look.seen) else {
         return Judgement::default();
     };
+    // No case ends before it begins.
+    let case = &Case {
+        now_ns: case.now_ns.max(case.begin_ns),
+        ..*case
+    };
     let span = duration((case.now_ns - case.begin_ns) as f64 / 1e9);
     let allocated = format!(
         "{} allocated in {span}, {} freed",
