@@ -147,6 +147,83 @@ fn a_generation_is_what_was_allocated_since_its_mark_and_nothing_else() {
     assert_eq!(site["change"], "shrunk");
 }
 
+/// What generations left behind, by name.
+fn generations(report: &Report) -> Vec<(&str, Vec<u64>)> {
+    let all = report.0["generations"].as_array().expect("generations");
+    let one = |one: &'_ Value| figures(one, &["allocs", "live_blocks", "live_bytes"]);
+    all.iter()
+        .map(|value| (value["name"].as_str().unwrap_or(""), one(value)))
+        .collect()
+}
+
+#[test]
+fn who_has_ended_counts_in_the_generations_in_which_it_was_there() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let directory = TempDir::new().expect("no directory");
+    let file = directory.path().join("marks.unfreed");
+    let [mut staying, mut before, mut between] = [start(), start(), start()];
+    let pids = [staying.pid(), before.pid(), between.pid()];
+    let session = Unfreed::attach(&pids)
+        .options([Path::new("-r"), &file])
+        .start()
+        .tracing();
+    before.ask("keep 1000", "done");
+    let ended = before.pid();
+    before.close_stdin();
+    before.finish();
+    // At once, and none of the others has done anything yet.
+    mark(&session, &["first"]);
+    staying.ask("keep 20", "done");
+    between.ask("keep 300", "done");
+    between.close_stdin();
+    between.finish();
+    let report = session.stop();
+    let report = report.report_with_code(0);
+    assert_eq!(generations(report), [("first", vec![320, 320, 20480])]);
+    let replay = Unfreed::verb("report", [&file]).with_report().finish();
+    for report in [report, replay.report_with_code(0)] {
+        let processes = report.0["processes"].as_array().expect("processes");
+        let process = processes
+            .iter()
+            .find(|process| process["pid"] == ended)
+            .expect("it is in the report");
+        let sites = process["sites"].as_array().expect("sites");
+        let site = sites
+            .iter()
+            .find(|site| function_of(site, 0) == Some("keep"))
+            .expect("its site");
+        assert_eq!(figures(site, &["allocs", "live_blocks"]), [1000, 1000]);
+        assert!(site["since_mark"].is_null(), "{site:#}");
+        let why = site["why"].as_str().unwrap_or("");
+        assert!(why.starts_with("1,000 allocated in "), "{why}");
+    }
+}
+
+#[test]
+fn the_last_generation_of_a_program_that_was_run_is_what_it_left() {
+    if !skip::is_root() {
+        return;
+    }
+    let _turn = machine::take();
+    let program = Fixture::new("actions.c").build();
+    let mut session = Unfreed::run([&program]).start();
+    session.process.expect("ready");
+    session.process.ask("keep 50", "done");
+    mark(&session, &["action"]);
+    session.process.ask("keep 7", "done");
+    session.process.close_stdin();
+    let outcome = session.finish();
+    let report = outcome.report_with_code(0);
+    assert_eq!(generations(report), [("action", vec![7, 7, 448])]);
+    assert_eq!(
+        figures(&kept(report)["since_mark"], &["allocs", "live_blocks"]),
+        [7, 7]
+    );
+}
+
 #[test]
 fn a_session_that_is_not_there_is_told() {
     if !skip::is_root() {

@@ -118,6 +118,18 @@ impl Past {
         }
     }
 
+    /// Forgets what was counted since the last mark: there is a new one.
+    pub fn forget_marks(&mut self) {
+        let latest = self.latest.iter_mut().map(|(_, account)| account);
+        let earlier = self.earlier.values_mut().map(|sum| &mut sum.account);
+        for site in latest
+            .chain(earlier)
+            .flat_map(|account| account.sites.values_mut())
+        {
+            site.since_mark = None;
+        }
+    }
+
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -111,6 +111,7 @@ impl Session {
             target.ranges.add_ages(&mut ages, end_ns, minimum_age_ns);
             let sites = sites.get(instance).map_or(&[][..], Vec::as_slice);
             let account = self.account(&target, sites, &ages, end_ns);
+            self.count_closed(&account);
             if let Some(recorder) = &mut self.recorder {
                 recorder.ended(target.number);
             }

@@ -1,7 +1,12 @@
 //! Marks: what is allocated after one is told apart from what was there before.
 
 use super::Session;
-use crate::{bpf::tracer::monotonic_ns, report::GenerationReport, target::Target};
+use crate::{
+    account::Account,
+    bpf::tracer::monotonic_ns,
+    report::{GenerationReport, SinceMark},
+    target::Target,
+};
 
 /// A mark, and what the blocks that were allocated from there to the next one came to.
 #[derive(Clone, Debug)]
@@ -12,9 +17,10 @@ pub(super) struct Mark {
     pub(super) at_ns: u64,
     /// When the next one came.
     ended_ns: Option<u64>,
-    allocs: u64,
-    live_blocks: u64,
-    live_bytes: u64,
+    /// All of them.
+    came_to: SinceMark,
+    /// Of these, those of processes that have ended and were closed.
+    closed: SinceMark,
 }
 
 impl Session {
@@ -36,10 +42,11 @@ impl Session {
             name: name.clone(),
             at_ns,
             ended_ns: None,
-            allocs: 0,
-            live_blocks: 0,
-            live_bytes: 0,
+            came_to: SinceMark::default(),
+            closed: SinceMark::default(),
         });
+        // What they counted is since the mark before.
+        self.past.forget_marks();
         if let Some(recorder) = &mut self.recorder {
             recorder.mark(&name, at_ns.saturating_sub(self.started_ns));
         }
@@ -63,24 +70,34 @@ impl Session {
         if !self.is_marked() {
             return;
         }
-        let [mut allocs, mut live_blocks, mut live_bytes] = [0; 3];
+        let mut sum = SinceMark::default();
         let by_instance = self.heap_sites();
         for target in self.targets.values() {
-            if target.end.is_some() || !self.is_since_mark(target) {
+            if !self.is_since_mark(target) {
                 continue;
             }
             let sites = by_instance
                 .get(&target.instance)
                 .map_or(&[][..], Vec::as_slice);
             for tally in self.since_mark(target, sites).values() {
-                allocs += tally.allocs;
-                live_blocks += tally.live_blocks();
-                live_bytes += tally.live_bytes();
+                sum = sum.join(SinceMark::of(tally));
             }
         }
         if let Some(mark) = self.marks.last_mut() {
-            (mark.allocs, mark.live_blocks, mark.live_bytes) = (allocs, live_blocks, live_bytes);
+            mark.came_to = mark.closed.join(sum);
             mark.ended_ns = Some(now_ns);
+        }
+    }
+
+    /// Notes what a process that is closed came to since the last mark.
+    pub(super) fn count_closed(&mut self, account: &Account) {
+        let mappings = self.definitions.mappings();
+        let sites = account.sites.values();
+        let counted = sites.filter(|site| Some(site.family) != mappings);
+        if let Some(mark) = self.marks.last_mut() {
+            for since in counted.filter_map(|site| site.since_mark) {
+                mark.closed = mark.closed.join(since);
+            }
         }
     }
 
@@ -94,9 +111,9 @@ impl Session {
                 name: mark.name.clone(),
                 from_s: seconds(mark.at_ns),
                 to_s: seconds(mark.ended_ns?),
-                allocs: mark.allocs,
-                live_blocks: mark.live_blocks,
-                live_bytes: mark.live_bytes,
+                allocs: mark.came_to.allocs,
+                live_blocks: mark.came_to.live_blocks,
+                live_bytes: mark.came_to.live_bytes,
             })
         });
         known.collect()
