@@ -183,12 +183,7 @@ impl Tally {
         let births = self.births.iter().enumerate();
         births
             .filter(|(_, live)| **live > 0)
-            .map(|(slice, live)| Cohort {
-                slice,
-                begin_ns: birth_slice_start_ns(slice),
-                end_ns: birth_slice_start_ns(slice + 1),
-                live: *live,
-            })
+            .map(|(slice, live)| Cohort::of(slice, *live))
     }
 }
 
@@ -206,6 +201,17 @@ pub struct Cohort {
 }
 
 impl Cohort {
+    /// Of so many blocks that were born in a slice.
+    #[must_use]
+    pub const fn of(slice: usize, live: u32) -> Self {
+        Self {
+            slice,
+            begin_ns: birth_slice_start_ns(slice),
+            end_ns: birth_slice_start_ns(slice + 1),
+            live,
+        }
+    }
+
     /// When they were born, on average, in seconds since the instance was armed.
     #[must_use]
     pub const fn middle_s(&self) -> f64 {
@@ -594,7 +600,7 @@ mod tests {
         history.look(50 * SECOND, Work::default(), &sites);
         let judged = history.judge(id, &Judging::default(), Duration::ZERO);
         assert!(
-            judged.why.starts_with("0 allocated in 0 s"),
+            judged.why.starts_with("0 allocated in 0 ms"),
             "{}",
             judged.why
         );

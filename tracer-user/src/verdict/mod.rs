@@ -11,9 +11,10 @@ mod survival;
 mod tests;
 
 use serde::{Deserialize, Serialize};
+use tracer_common::histogram::birth_slice;
 
 use crate::{
-    history::{Look, Tally, Work},
+    history::{Cohort, Look, Tally, Work},
     report::units::{bytes, count, counted, duration},
 };
 
@@ -128,6 +129,10 @@ pub struct Case<'a> {
 const LEAST_BLOCKS: f64 = 8.0;
 /// Missed frees may be this part of what grows.
 const MOST_MISSED: f64 = 0.1;
+/// What is live is of the start-up if less than this part of it may have come after that.
+const ADDED: f64 = 0.1;
+/// And at least this part is known by its birth.
+const LEAST_KNOWN: f64 = 0.5;
 /// Nobody is accused with less.
 const LEAST_CONFIDENCE: f64 = 0.6;
 /// Growth that a filling cache may show as well, as nothing was ever freed.
@@ -217,22 +222,36 @@ fn too_short(samples: &Samples) -> String {
 fn level(case: &Case<'_>, last: &Tally, since_s: f64, grew: bool, allocated: &str) -> Judgement {
     let live = last.live_blocks().max(1) as f64;
     let since_ns = (since_s * 1e9) as u64;
-    // Those of the slice in which the warm-up ends belong to it.
-    let late: f64 = last
-        .cohorts()
-        .filter(|cohort| cohort.begin_ns >= since_ns)
-        .map(|cohort| f64::from(cohort.live))
-        .sum();
+    let blocks_of = |is_meant: &dyn Fn(&Cohort) -> bool| -> f64 {
+        let cohorts = last.cohorts().filter(is_meant);
+        cohorts.map(|cohort| f64::from(cohort.live)).sum()
+    };
+    let known = blocks_of(&|_| true);
+    // Those of the slice in which the warm-up ends belong to it, unless they may be of any time until now.
+    let late = blocks_of(&|cohort| cohort.begin_ns >= since_ns || cohort.end_ns > case.now_ns);
+    // Those that are in no cohort are of the slice in which the history begins, if it does not begin with the process.
+    let begun = Cohort::of(birth_slice(case.begin_ns), 0);
+    let unplaced = match case.begin_ns > 0 && begun.end_ns <= since_ns {
+        true => 0.0,
+        false => (live - known).max(0.0),
+    };
     let bounds = duration((case.now_ns as f64 / 1e9 - since_s).max(0.0));
     let held = bytes(last.live_bytes());
-    if late / live < 0.1 {
+    if late + unplaced < ADDED * live && known >= LEAST_KNOWN * live {
+        let first = duration((since_s - case.begin_ns as f64 / 1e9).max(0.0));
+        let added = (late + unplaced).round() as u64;
         return Judgement {
             verdict: Verdict::Startup,
             confidence: 0.9,
-            why: format!(
-                "{allocated}; {held} are of the first {}, and nothing was added in {bounds}",
-                duration(since_s)
-            ),
+            why: match added {
+                0 => format!(
+                    "{allocated}; {held} are of the first {first}, and nothing was added in {bounds}"
+                ),
+                added => format!(
+                    "{allocated}; of {held} all but {} are of the first {first}, and that was {bounds} ago",
+                    counted(added, "block")
+                ),
+            },
             growth: None,
         };
     }

@@ -1,9 +1,14 @@
 //! Sites that are made up, whose fate is known.
 
+use std::{collections::HashMap, time::Duration};
+
 use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot};
 
 use super::*;
-use crate::history::Looks;
+use crate::{
+    account::SiteId,
+    history::{History, Judging, Looks},
+};
 
 const SECOND_NS: f64 = 1e9;
 
@@ -47,46 +52,83 @@ pub(super) fn judged(blocks: &[Block], seconds: f64) -> Judgement {
     judged_with(blocks, seconds, None)
 }
 
+/// What has been counted by then; of blocks that were born before a mark, frees after it are counted apart.
+fn tally(blocks: &[Block], at: f64, mark_s: f64) -> Tally {
+    let mut tally = Tally {
+        lifetimes: vec![0; LIFETIME_SLOTS],
+        births: vec![0; BIRTH_SLICES],
+        ..Tally::default()
+    };
+    for block in blocks.iter().filter(|block| block.born <= at) {
+        tally.allocs += 1;
+        tally.alloc_bytes += block.bytes;
+        if block.dies <= at {
+            tally.frees += 1;
+            tally.freed_bytes += block.bytes;
+            if block.born < mark_s && block.dies > mark_s {
+                tally.former_frees += 1;
+                tally.former_freed_bytes += block.bytes;
+            } else {
+                tally.lifetimes[lifetime_slot(((block.dies - block.born) * SECOND_NS) as u64)] += 1;
+            }
+        } else {
+            tally.births[birth_slice((block.born * SECOND_NS) as u64)] += 1;
+        }
+    }
+    tally
+}
+
+/// The process works evenly, whatever the site does.
+fn work(at: f64) -> Work {
+    Work {
+        allocs: (at * 1000.0) as u64,
+        untracked_frees: 0,
+    }
+}
+
 fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgement {
-    let (mut site, mut work) = (Looks::default(), Looks::default());
+    let (mut site, mut works) = (Looks::default(), Looks::default());
     let mut at = 0.0;
     while at < seconds {
         at = (at + (at / 48.0).clamp(0.25, 5.0)).min(seconds);
-        let mut tally = Tally {
-            lifetimes: vec![0; LIFETIME_SLOTS],
-            births: vec![0; BIRTH_SLICES],
-            ..Tally::default()
-        };
-        for block in blocks.iter().filter(|block| block.born <= at) {
-            tally.allocs += 1;
-            tally.alloc_bytes += block.bytes;
-            if block.dies <= at {
-                tally.frees += 1;
-                tally.freed_bytes += block.bytes;
-                tally.lifetimes[lifetime_slot(((block.dies - block.born) * SECOND_NS) as u64)] += 1;
-            } else {
-                tally.births[birth_slice((block.born * SECOND_NS) as u64)] += 1;
-            }
-        }
         let at_ns = (at * SECOND_NS) as u64;
+        let tally = tally(blocks, at, 0.0);
         if tally.allocs > 0 {
             site.push(at_ns, tally, 6);
         }
-        // The process works evenly, whatever the site does.
-        let done = Work {
-            allocs: (at * 1000.0) as u64,
-            untracked_frees: 0,
-        };
-        work.push(at_ns, done, 6);
+        works.push(at_ns, work(at), 6);
     }
     judge(&Case {
         site: site.all(),
-        work: work.all(),
+        work: works.all(),
         now_ns: (seconds * SECOND_NS) as u64,
         warmup_ns: warmup_s.map(|warmup| (warmup * SECOND_NS) as u64),
         begin_ns: 0,
         ran_before_ns: 0,
     })
+}
+
+/// What a session sees that was marked when it was so old, and ends so many seconds later.
+fn judged_since_mark(blocks: &[Block], mark_s: f64, seconds: f64) -> Judgement {
+    let id = SiteId::new(&[], None);
+    let sites = |at: f64| HashMap::from([(id, tally(blocks, at, mark_s))]);
+    let mut history = History::default();
+    history.restart((mark_s * SECOND_NS) as u64, sites(mark_s));
+    let mut at = mark_s;
+    while at < mark_s + seconds {
+        at = (at + ((at - mark_s) / 48.0).clamp(0.25, 5.0)).min(mark_s + seconds);
+        history.look((at * SECOND_NS) as u64, work(at), &sites(at));
+    }
+    history.judge(id, &Judging::default(), Duration::ZERO)
+}
+
+/// The same blocks, later.
+fn later(mut blocks: Vec<Block>, by_s: f64) -> Vec<Block> {
+    for block in &mut blocks {
+        block.born += by_s;
+        block.dies += by_s;
+    }
+    blocks
 }
 
 /// So many a second, that live as long as is said at birth.
@@ -166,6 +208,38 @@ fn a_load_that_rises_is_no_leak() {
 fn what_is_built_at_the_start_is_start_up() {
     let blocks = births(100.0, 3.0, |_| NEVER);
     expect(&judged(&blocks, 60.0), Verdict::Startup);
+}
+
+#[test]
+fn what_is_allocated_after_a_mark_is_no_start_up() {
+    // A slice is a minute wide by then.
+    let turned_over = births(50.0, 700.0, |_| 2.0);
+    for seconds in [20.0, 90.0] {
+        let judgement = judged_since_mark(&turned_over, 600.0, seconds);
+        expect(&judgement, Verdict::Bounded);
+        assert!(
+            !judgement.why.contains("nothing was added"),
+            "{judgement:?}"
+        );
+    }
+    // In the slice of the mark, as far as is known.
+    let action = later(births(50.0, 3.0, |_| NEVER), 600.0);
+    let judgement = judged_since_mark(&action, 600.0, 30.0);
+    assert_ne!(judgement.verdict, Verdict::Startup, "{judgement:?}");
+    assert!(!judgement.verdict.is_leak(), "{judgement:?}");
+}
+
+#[test]
+fn a_start_up_to_which_little_was_added_says_so() {
+    let mut blocks = births(100.0, 3.0, |_| NEVER);
+    blocks.push(Block {
+        born: 50.0,
+        dies: NEVER,
+        bytes: 100,
+    });
+    let judgement = judged(&blocks, 60.0);
+    expect(&judgement, Verdict::Startup);
+    assert!(judgement.why.contains("all but 1 block "), "{judgement:?}");
 }
 
 #[test]
