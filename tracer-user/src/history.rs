@@ -324,6 +324,13 @@ fn before_of<T>(looks: &[Look<T>], since_ns: u64) -> Option<&Look<T>> {
     looks[..after].last().filter(|_| since_ns > 0)
 }
 
+/// The same with the last look before: where what was counted by then is the zero.
+fn from<T>(mut looks: Vec<Look<T>>, since_ns: u64, last_ns: u64) -> Looks<T> {
+    let before = looks.partition_point(|look| look.at_ns <= since_ns);
+    looks.drain(..before.saturating_sub(1));
+    within(looks, 0, last_ns)
+}
+
 /// The looks after a history begins, up to its end.
 fn within<T>(mut looks: Vec<Look<T>>, since_ns: u64, last_ns: u64) -> Looks<T> {
     looks.retain_mut(|look| {
@@ -440,7 +447,7 @@ impl History {
             sites.insert(id, within(looks, since_ns, last_ns));
         }
         Self {
-            work: within(kept.work, since_ns, last_ns),
+            work: from(kept.work, since_ns, last_ns),
             sites,
             last_ns,
             since_ns,
@@ -450,9 +457,12 @@ impl History {
     }
 
     /// Forgets everything: calls are recorded without a gap only since then. What sites had counted by then is of blocks
-    /// that may have been freed meanwhile.
-    pub fn restart(&mut self, since_ns: u64, sites: HashMap<SiteId, Tally>) {
+    /// that may have been freed meanwhile, and what the process had done is no work of now.
+    pub fn restart(&mut self, since_ns: u64, work: Work, sites: HashMap<SiteId, Tally>) {
+        let mut works = Looks::default();
+        works.push(since_ns, work, self.fineness);
         *self = Self {
+            work: works,
             since_ns,
             last_ns: since_ns,
             before: sites,
@@ -596,7 +606,7 @@ mod tests {
         };
         let sites = HashMap::from([(id, tally)]);
         let mut history = History::default();
-        history.restart(100 * SECOND, sites.clone());
+        history.restart(100 * SECOND, Work::default(), sites.clone());
         history.look(50 * SECOND, Work::default(), &sites);
         let judged = history.judge(id, &Judging::default(), Duration::ZERO);
         assert!(

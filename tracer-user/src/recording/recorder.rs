@@ -205,6 +205,14 @@ impl Recorder {
                 }
             }
             Step::Restarted => {
+                batch.works.push(Change {
+                    new: WorkRow {
+                        process: seen.number,
+                        at_ns: seen.since_ns,
+                        work: seen.work,
+                    },
+                    before: crate::history::Change::default(),
+                });
                 for (id, place) in seen.places {
                     let Some(counted) = packed(id) else { continue };
                     let site = known.site(batch, seen.number, *id, place);

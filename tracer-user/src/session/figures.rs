@@ -183,7 +183,7 @@ impl Session {
             let step = match () {
                 () if !is_continuous || is_over => Step::Unseen,
                 () if target.history.since_ns() != since_ns => {
-                    target.history.restart(since_ns, tallies.clone());
+                    target.history.restart(since_ns, work, tallies.clone());
                     Step::Restarted
                 }
                 () => Step::Looked(target.history.look(at_ns, work, &tallies)),

@@ -7,7 +7,7 @@ use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifeti
 use super::*;
 use crate::{
     account::SiteId,
-    history::{History, Judging, Looks},
+    history::{History, Judging, Kept, Looks, Packed},
 };
 
 const SECOND_NS: f64 = 1e9;
@@ -113,12 +113,39 @@ fn judged_since_mark(blocks: &[Block], mark_s: f64, seconds: f64) -> Judgement {
     let id = SiteId::new(&[], None);
     let sites = |at: f64| HashMap::from([(id, tally(blocks, at, mark_s))]);
     let mut history = History::default();
-    history.restart((mark_s * SECOND_NS) as u64, sites(mark_s));
+    history.restart((mark_s * SECOND_NS) as u64, work(mark_s), sites(mark_s));
     let mut at = mark_s;
     while at < mark_s + seconds {
         at = (at + ((at - mark_s) / 48.0).clamp(0.25, 5.0)).min(mark_s + seconds);
         history.look((at * SECOND_NS) as u64, work(at), &sites(at));
     }
+    history.judge(id, &Judging::default(), Duration::ZERO)
+}
+
+/// What a recording says of so many seconds from then on.
+fn judged_from(blocks: &[Block], from_s: f64, seconds: f64) -> Judgement {
+    let ns = |at: f64| (at * SECOND_NS) as u64;
+    let id = SiteId::new(&[], None);
+    let step_s = 0.5;
+    let times: Vec<f64> = (-20..=(seconds / step_s) as i32)
+        .map(|step| from_s + f64::from(step) * step_s)
+        .collect();
+    fn look<T>(at: f64, seen: T) -> Look<T> {
+        let at_ns = (at * SECOND_NS) as u64;
+        Look {
+            at_ns,
+            until_ns: at_ns,
+            seen,
+        }
+    }
+    let counted = |at: &f64| look(*at, Packed::new(&tally(blocks, *at, 0.0)));
+    let kept = Kept {
+        work: times.iter().map(|at| look(*at, work(*at))).collect(),
+        sites: HashMap::from([(id, times.iter().map(counted).collect())]),
+        since_ns: 0,
+        last_ns: ns(from_s + seconds),
+    };
+    let history = History::of(kept, ns(from_s), u64::MAX);
     history.judge(id, &Judging::default(), Duration::ZERO)
 }
 
@@ -344,6 +371,30 @@ fn what_fills_ever_more_slowly_is_no_leak() {
     for seconds in [60.0, 120.0, 180.0] {
         let judgement = judged(&blocks, seconds);
         assert!(!judgement.verdict.is_leak(), "{seconds} s: {judgement:?}");
+    }
+}
+
+#[test]
+fn what_the_process_did_before_a_mark_hides_no_slowing_down() {
+    let mut random = Random(5);
+    let mut keys = [false; 2000];
+    let blocks = births(100.0, 120.0, |_| NEVER).into_iter().filter(|_| {
+        let key = (random.bits() % 2000) as usize;
+        !std::mem::replace(&mut keys[key], true)
+    });
+    let blocks = later(blocks.collect(), 3600.0);
+    for seconds in [40.0, 60.0] {
+        let judgement = judged_since_mark(&blocks, 3600.0, seconds);
+        assert!(
+            judgement.why.contains("less and less stays"),
+            "{judgement:?}"
+        );
+        // The same of a recording.
+        let judgement = judged_from(&blocks, 3600.0, seconds);
+        assert!(
+            judgement.why.contains("less and less stays"),
+            "{judgement:?}"
+        );
     }
 }
 
