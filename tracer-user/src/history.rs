@@ -124,10 +124,18 @@ impl Tally {
     /// What was counted of blocks born since a time, at which this was counted by then.
     #[must_use]
     pub fn since(&self, then: &Self, since_ns: u64) -> Self {
+        let mut since = self.after(then, since_ns);
         let former_frees = self.former_frees.saturating_sub(then.former_frees);
         let former_freed_bytes = self
             .former_freed_bytes
             .saturating_sub(then.former_freed_bytes);
+        since.frees = since.frees.saturating_sub(former_frees);
+        since.freed_bytes = since.freed_bytes.saturating_sub(former_freed_bytes);
+        since
+    }
+
+    /// What was counted after a time, frees of blocks born before included.
+    fn after(&self, then: &Self, since_ns: u64) -> Self {
         let mut births = self.births.clone();
         // In the slice of that time there are blocks of before.
         births
@@ -140,11 +148,9 @@ impl Tally {
         }
         Self {
             allocs: self.allocs.saturating_sub(then.allocs),
-            frees: self.frees.saturating_sub(then.frees + former_frees),
+            frees: self.frees.saturating_sub(then.frees),
             alloc_bytes: self.alloc_bytes.saturating_sub(then.alloc_bytes),
-            freed_bytes: self
-                .freed_bytes
-                .saturating_sub(then.freed_bytes + former_freed_bytes),
+            freed_bytes: self.freed_bytes.saturating_sub(then.freed_bytes),
             missed_frees: self.missed_frees.saturating_sub(then.missed_frees),
             former_frees: 0,
             former_freed_bytes: 0,
@@ -351,6 +357,9 @@ pub struct History {
     since_ns: u64,
     /// What sites had counted by then.
     before: HashMap<SiteId, Tally>,
+    /// Whether there was a mark since: frees that were counted apart are of blocks born before that, perhaps since
+    /// this began.
+    is_crossed: bool,
 }
 
 impl Default for History {
@@ -362,6 +371,7 @@ impl Default for History {
             fineness: FINENESS,
             since_ns: 0,
             before: HashMap::new(),
+            is_crossed: false,
         }
     }
 }
@@ -377,6 +387,8 @@ pub struct Kept {
     pub since_ns: u64,
     /// The last look.
     pub last_ns: u64,
+    /// When there were marks, in nanoseconds since the instance was armed.
+    pub marks: Vec<i64>,
 }
 
 /// What changes by a look at a process.
@@ -446,7 +458,11 @@ impl History {
             }
             sites.insert(id, within(looks, since_ns, last_ns));
         }
+        let is_within = |mark: &i64| {
+            u64::try_from(*mark).is_ok_and(|at_ns| at_ns > since_ns && at_ns < last_ns)
+        };
         Self {
+            is_crossed: kept.marks.iter().any(is_within),
             work: from(kept.work, since_ns, last_ns),
             sites,
             last_ns,
@@ -479,8 +495,11 @@ impl History {
     /// What a site has counted since calls are recorded without a gap, by what it has counted in all.
     #[must_use]
     pub fn since(&self, id: SiteId, tally: &Tally) -> Tally {
-        let before = self.before.get(&id);
-        before.map_or_else(|| tally.clone(), |then| tally.since(then, self.since_ns))
+        match self.before.get(&id) {
+            Some(then) if self.is_crossed => tally.after(then, self.since_ns),
+            Some(then) => tally.since(then, self.since_ns),
+            None => tally.clone(),
+        }
     }
 
     /// Takes in a look at all sites that have allocated something. Gives what changes by it.
@@ -595,6 +614,40 @@ mod tests {
         let kept = history.site(ids[0]);
         assert!(kept.len() < 25 && kept.len() > 3, "{}", kept.len());
         assert_eq!(kept.last().map(|look| look.seen.allocs), Some(60));
+    }
+
+    #[test]
+    fn frees_that_a_later_mark_counts_apart_are_frees_of_a_range_from_before_it() {
+        let id = SiteId::new(&[], None);
+        let look = |second: u64, allocs, frees, former_frees| Look {
+            at_ns: second * SECOND,
+            until_ns: second * SECOND,
+            seen: Packed::new(&Tally {
+                allocs,
+                frees,
+                former_frees,
+                ..Tally::default()
+            }),
+        };
+        // A mark at 100 s; after it 50 blocks are freed that are older.
+        let looks = vec![
+            look(10, 100, 0, 0),
+            look(90, 200, 0, 0),
+            look(200, 200, 50, 50),
+        ];
+        let from = |seconds: u64| {
+            let kept = Kept {
+                sites: HashMap::from([(id, looks.clone())]),
+                last_ns: 200 * SECOND,
+                marks: vec![-5, 100 * SECOND.cast_signed()],
+                ..Kept::default()
+            };
+            let history = History::of(kept, seconds * SECOND, u64::MAX);
+            let site = history.site(id);
+            site.last().map(|look| (look.seen.allocs, look.seen.frees))
+        };
+        assert_eq!(from(50), Some((100, 50)));
+        assert_eq!(from(100), Some((0, 0)));
     }
 
     #[test]

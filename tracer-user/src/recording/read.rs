@@ -480,6 +480,9 @@ impl Recording {
                 false => process.since_ns,
             },
             last_ns: process.last_ns,
+            marks: (shared.marks.iter())
+                .map(|mark| mark.cast_signed().saturating_sub(process.armed_ns))
+                .collect(),
         };
         let ran_before = Duration::from_nanos(process.ran_before_ns);
         let history = History::of(kept, from_ns, to_ns);

@@ -144,6 +144,7 @@ fn judged_from(blocks: &[Block], from_s: f64, seconds: f64) -> Judgement {
         sites: HashMap::from([(id, times.iter().map(counted).collect())]),
         since_ns: 0,
         last_ns: ns(from_s + seconds),
+        marks: Vec::new(),
     };
     let history = History::of(kept, ns(from_s), u64::MAX);
     history.judge(id, &Judging::default(), Duration::ZERO)
