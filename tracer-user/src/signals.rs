@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use nix::sys::{
-    signal::{SigSet, SigmaskHow, Signal, sigprocmask},
+    signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask},
     signalfd::{SfdFlags, SignalFd},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -21,6 +21,8 @@ pub struct Received {
 pub struct Signals {
     fd: AsyncFd<SignalFd>,
     mask_before: SigSet,
+    /// Whether SIGUSR1 is among them.
+    asks_for_marks: bool,
 }
 
 impl Signals {
@@ -35,7 +37,11 @@ impl Signals {
         // SAFETY: the signal descriptor is owned and stays open as long as it lives.
         let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
             .context("failed to watch for signals")?;
-        Ok(Self { fd, mask_before })
+        Ok(Self {
+            fd,
+            mask_before,
+            asks_for_marks: mask.contains(Signal::SIGUSR1),
+        })
     }
 
     /// The mask as it was, for a child.
@@ -85,6 +91,34 @@ impl Drop for Signals {
         // What is still pending is for whoever waited no more; a second Ctrl-C while a report is
         // written has its usual effect again.
         while matches!(self.fd.get_ref().read_signal(), Ok(Some(_))) {}
+        // Who asks for a mark too late gets none; it is no reason to die before the report is written.
+        if self.asks_for_marks {
+            // SAFETY: no handler is installed.
+            let _ = unsafe { signal(Signal::SIGUSR1, SigHandler::SigIgn) };
+        }
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask_before), None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::signal::raise;
+
+    use super::*;
+
+    #[test]
+    fn who_asks_for_a_mark_too_late_ends_nothing() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let signals = Signals::hold(&[Signal::SIGUSR1]).unwrap();
+            raise(Signal::SIGUSR1).unwrap();
+            let received = signals.next().await.unwrap();
+            assert_eq!(received.signal, Signal::SIGUSR1);
+            raise(Signal::SIGUSR1).unwrap();
+        });
+        raise(Signal::SIGUSR1).unwrap();
     }
 }

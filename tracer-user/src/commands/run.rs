@@ -293,7 +293,9 @@ impl Held<'_> {
     fn forward(&self, received: Received) {
         let reached_child = received.from_terminal
             && getpgid(Some(self.child)).is_ok_and(|group| group == getpgrp());
-        if received.signal != Signal::SIGCHLD && !reached_child {
+        // One that asks us for a mark would end who has not heard of marks.
+        let is_ours = matches!(received.signal, Signal::SIGCHLD | Signal::SIGUSR1);
+        if !is_ours && !reached_child {
             let _ = kill(self.child, received.signal);
         }
     }
