@@ -200,7 +200,7 @@ pub struct Cohort {
     pub slice: usize,
     /// When it began, in nanoseconds since the instance was armed.
     pub begin_ns: u64,
-    /// When it ended.
+    /// When it ended; never, if it is the last one.
     pub end_ns: u64,
     /// How many.
     pub live: u32,
@@ -213,7 +213,12 @@ impl Cohort {
         Self {
             slice,
             begin_ns: birth_slice_start_ns(slice),
-            end_ns: birth_slice_start_ns(slice + 1),
+            // The last one is never over: what is born in it may take the place of what dies in it.
+            end_ns: if slice + 1 < BIRTH_SLICES {
+                birth_slice_start_ns(slice + 1)
+            } else {
+                u64::MAX
+            },
             live,
         }
     }
@@ -221,7 +226,7 @@ impl Cohort {
     /// When they were born, on average, in seconds since the instance was armed.
     #[must_use]
     pub const fn middle_s(&self) -> f64 {
-        (self.begin_ns + self.end_ns) as f64 / 2e9
+        self.begin_ns.midpoint(self.end_ns) as f64 / 1e9
     }
 }
 
@@ -648,6 +653,20 @@ mod tests {
         };
         assert_eq!(from(50), Some((100, 50)));
         assert_eq!(from(100), Some((0, 0)));
+    }
+
+    #[test]
+    fn the_last_slice_is_never_over() {
+        let tally = Tally {
+            births: vec![1; BIRTH_SLICES],
+            ..Tally::default()
+        };
+        let cohorts: Vec<Cohort> = tally.cohorts().collect();
+        assert!(cohorts.is_sorted_by(|one, next| one.end_ns == next.begin_ns));
+        let last = cohorts[BIRTH_SLICES - 1];
+        assert_eq!(birth_slice(last.begin_ns), birth_slice(u64::MAX));
+        assert_eq!(last.end_ns, u64::MAX);
+        assert!(last.middle_s() > last.begin_ns as f64 / 1e9);
     }
 
     #[test]
