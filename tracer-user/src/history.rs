@@ -1,8 +1,8 @@
 //! What sites have counted over time, at bounded memory however long a session is: the last minute by looks, and
 //! yesterday by hours. Pure: no kernel, no clock.
 //!
-//! Of looks in the past as many go as leave gaps of a sixth of their age, or more where there are so many sites
-//! that they would take too much memory.
+//! Of looks in the past as many go as leave gaps of a sixth of their age, or more where there are so many sites, in all
+//! processes together, that they would take too much memory.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -18,9 +18,11 @@ use crate::{
 };
 
 /// A gap between looks is at most this part of their age, where looks are more frequent.
-const FINENESS: u64 = 6;
-/// What the looks of a process may take, in bytes: they are kept less finely then.
-const MOST_BYTES: usize = 48 << 20;
+const FINENESS: f64 = 6.0;
+/// With less, hardly more than the first look and the last ones would be left.
+const LEAST_FINENESS: f64 = 1.0 / 64.0;
+/// What the looks of all processes may take, in bytes: of those with the most they are kept less finely then.
+pub(crate) const MOST_BYTES: usize = 48 << 20;
 
 /// What a site has counted by a moment. All but what is live only grows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -284,7 +286,7 @@ impl<T> Default for Looks<T> {
 impl<T: PartialEq> Looks<T> {
     /// Adds one, unless it saw what the last did: then nothing changes. Gaps that those leave which go for it are at
     /// most this part of their age.
-    pub fn push(&mut self, at_ns: u64, seen: T, fineness: u64) -> Option<Change> {
+    pub fn push(&mut self, at_ns: u64, seen: T, fineness: f64) -> Option<Change> {
         let mut held = None;
         if let Some(last) = self.0.last_mut() {
             if last.seen == seen {
@@ -307,13 +309,13 @@ impl<T: PartialEq> Looks<T> {
     }
 
     /// Lets those go that leave no larger gaps. Gives their times.
-    fn thin(&mut self, now_ns: u64, fineness: u64) -> Vec<u64> {
+    fn thin(&mut self, now_ns: u64, fineness: f64) -> Vec<u64> {
         let mut gone = Vec::new();
         let mut index = 1;
         while index + 1 < self.0.len() {
             let gap_ns = self.0[index + 1].at_ns - self.0[index - 1].at_ns;
             let age_ns = now_ns - self.0[index + 1].at_ns;
-            if gap_ns <= age_ns / fineness {
+            if gap_ns as f64 <= age_ns as f64 / fineness {
                 gone.push(self.0.remove(index).at_ns);
             } else {
                 index += 1;
@@ -357,7 +359,9 @@ pub struct History {
     work: Looks<Work>,
     sites: HashMap<SiteId, Looks<Packed>>,
     last_ns: u64,
-    fineness: u64,
+    fineness: f64,
+    /// Memory that the looks take.
+    bytes: usize,
     /// Since when calls are recorded without a gap, in nanoseconds since the instance was armed.
     since_ns: u64,
     /// What sites had counted by then.
@@ -374,6 +378,7 @@ impl Default for History {
             sites: HashMap::new(),
             last_ns: 0,
             fineness: FINENESS,
+            bytes: 0,
             since_ns: 0,
             before: HashMap::new(),
             is_crossed: false,
@@ -449,6 +454,22 @@ impl Packed {
     }
 }
 
+/// What each of several may take, if all of them together may take so much: those that take less leave the others more.
+pub(crate) fn share(taken: impl Iterator<Item = usize>, most: usize) -> usize {
+    let mut taken: Vec<usize> = taken.collect();
+    taken.sort_unstable();
+    let mut rest = most;
+    for (index, one) in taken.iter().enumerate() {
+        let even = rest / (taken.len() - index);
+        if *one >= even {
+            return even;
+        }
+        rest -= one;
+    }
+    // All that is left is for whoever comes to need it.
+    taken.last().map_or(most, |largest| largest + rest)
+}
+
 impl History {
     /// What is from this time on, to that one, in nanoseconds since the instance was armed.
     #[must_use]
@@ -507,8 +528,15 @@ impl History {
         }
     }
 
-    /// Takes in a look at all sites that have allocated something. Gives what changes by it.
-    pub fn look(&mut self, at_ns: u64, work: Work, sites: &HashMap<SiteId, Tally>) -> Changes {
+    /// Takes in a look at all sites that have allocated something, of which no more than so many bytes are to be kept.
+    /// Gives what changes by it.
+    pub fn look(
+        &mut self,
+        at_ns: u64,
+        work: Work,
+        sites: &HashMap<SiteId, Tally>,
+        most_bytes: usize,
+    ) -> Changes {
         // A history that began later knows of nothing before.
         self.last_ns = at_ns.max(self.since_ns);
         let mut changes = Changes {
@@ -521,20 +549,27 @@ impl History {
                 changes.sites.insert(*id, change);
             }
         }
-        while self.bytes() > MOST_BYTES && self.fineness > 1 {
-            self.fineness /= 2;
+        self.bytes = self.count_bytes();
+        while self.bytes > most_bytes && self.fineness > LEAST_FINENESS {
+            self.fineness /= 2.0;
             for (id, looks) in &mut self.sites {
                 let gone = looks.thin(at_ns, self.fineness);
                 if !gone.is_empty() {
                     changes.thinned.entry(*id).or_default().extend(gone);
                 }
             }
+            self.bytes = self.count_bytes();
         }
         changes
     }
 
     /// Memory that the looks take.
-    fn bytes(&self) -> usize {
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn count_bytes(&self) -> usize {
         let looks = self.sites.values().flat_map(Looks::all);
         looks
             .map(|look| size_of_val(look) + look.seen.0.len())
@@ -585,7 +620,7 @@ mod tests {
             let gap_ns = pair[1].at_ns - pair[0].at_ns;
             let age_ns = 17_279 * 5 * SECOND - pair[1].at_ns;
             assert!(
-                gap_ns <= (age_ns / FINENESS).max(5 * SECOND),
+                gap_ns <= (age_ns / FINENESS as u64).max(5 * SECOND),
                 "{gap_ns} at {age_ns}"
             );
         }
@@ -613,7 +648,7 @@ mod tests {
                 ..Tally::default()
             };
             let tallies = ids.iter().map(|id| (*id, tally(id))).collect();
-            history.look(look * SECOND, Work::default(), &tallies);
+            history.look(look * SECOND, Work::default(), &tallies, MOST_BYTES);
             assert!(history.bytes() <= MOST_BYTES);
         }
         let kept = history.site(ids[0]);
@@ -670,6 +705,39 @@ mod tests {
     }
 
     #[test]
+    fn where_one_share_is_too_small_for_fine_looks_they_are_coarse() {
+        let mut history = History::default();
+        let ids: Vec<SiteId> = (0..100)
+            .map(|number: u64| SiteId::new(&[], Some(&number.to_string())))
+            .collect();
+        let most_bytes = 64 << 10;
+        for look in 1..=500 {
+            let tally = Tally {
+                allocs: look,
+                births: vec![1; 60],
+                ..Tally::default()
+            };
+            let tallies = ids.iter().map(|id| (*id, tally.clone())).collect();
+            history.look(look * SECOND, Work::default(), &tallies, most_bytes);
+        }
+        assert!(history.bytes() <= most_bytes, "{}", history.bytes());
+        let kept = history.site(ids[0]);
+        assert_eq!(kept.first().map(|look| look.seen.allocs), Some(1));
+        assert_eq!(kept.last().map(|look| look.seen.allocs), Some(500));
+    }
+
+    #[test]
+    fn who_takes_little_leaves_the_others_more() {
+        let share = |taken: &[usize]| share(taken.iter().copied(), 100);
+        assert_eq!(share(&[]), 100);
+        assert_eq!(share(&[30]), 100);
+        assert_eq!(share(&[500]), 100);
+        assert_eq!(share(&[500, 500]), 50);
+        assert_eq!(share(&[500, 10, 500]), 45);
+        assert_eq!(share(&[20, 10]), 90);
+    }
+
+    #[test]
     fn a_history_that_began_after_its_last_look_is_of_no_time() {
         let id = SiteId::new(&[], None);
         let tally = Tally {
@@ -679,7 +747,7 @@ mod tests {
         let sites = HashMap::from([(id, tally)]);
         let mut history = History::default();
         history.restart(100 * SECOND, Work::default(), sites.clone());
-        history.look(50 * SECOND, Work::default(), &sites);
+        history.look(50 * SECOND, Work::default(), &sites, MOST_BYTES);
         let judged = history.judge(id, &Judging::default(), Duration::ZERO);
         assert!(
             judged.why.starts_with("0 allocated in 0 ms"),

@@ -13,7 +13,7 @@ use crate::{
     account::{Account, Ages, Figures, SiteId},
     assembly::assemble,
     bpf::tracer::monotonic_ns,
-    history::{Tally, Work},
+    history::{self, Tally, Work},
     recording::{Seen, Step},
     report::{Filters, HostFacts, Report, SCHEMA},
     target::Target,
@@ -125,6 +125,8 @@ impl Session {
         let sees_all_blocks = self.sees_all_blocks();
         let ages = HashMap::new();
         let by_instance = self.sites(&of);
+        let taken = self.targets.values().map(|target| target.history.bytes());
+        let most_bytes = history::share(taken, history::MOST_BYTES);
         let instances = self
             .targets
             .keys()
@@ -186,7 +188,7 @@ impl Session {
                     target.history.restart(since_ns, work, tallies.clone());
                     Step::Restarted
                 }
-                () => Step::Looked(target.history.look(at_ns, work, &tallies)),
+                () => Step::Looked(target.history.look(at_ns, work, &tallies, most_bytes)),
             };
             if let Some(recorder) = &mut self.recorder {
                 recorder.take(&Seen {

@@ -94,9 +94,9 @@ fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgeme
         let at_ns = (at * SECOND_NS) as u64;
         let tally = tally(blocks, at, 0.0);
         if tally.allocs > 0 {
-            site.push(at_ns, tally, 6);
+            site.push(at_ns, tally, 6.0);
         }
-        works.push(at_ns, work(at), 6);
+        works.push(at_ns, work(at), 6.0);
     }
     judge(&Case {
         site: site.all(),
@@ -117,7 +117,7 @@ fn judged_since_mark(blocks: &[Block], mark_s: f64, seconds: f64) -> Judgement {
     let mut at = mark_s;
     while at < mark_s + seconds {
         at = (at + ((at - mark_s) / 48.0).clamp(0.25, 5.0)).min(mark_s + seconds);
-        history.look((at * SECOND_NS) as u64, work(at), &sites(at));
+        history.look((at * SECOND_NS) as u64, work(at), &sites(at), usize::MAX);
     }
     history.judge(id, &Judging::default(), Duration::ZERO)
 }
