@@ -25,6 +25,10 @@ Examples:
   unfreed attach nginx --duration 60    all processes of that name, for a minute
   unfreed attach --all                  every process of the host, and those that come
   unfreed run -- ./server --port 80     trace a program from its first allocation to its exit
+  unfreed attach 4242 -r web.unfreed    record the session, for reports of it later
+  unfreed mark                          what is allocated from now on is told apart
+  unfreed report web.unfreed            a report of a recording, or of a part of it
+  unfreed diff v1.unfreed v2.unfreed    what is different between two recordings
   unfreed doctor 4242                   what would be probed there, what it costs, is it safe
   unfreed top                           which processes grow, and from where";
 
@@ -72,27 +76,31 @@ impl Args {
 
     /// Fails if options are given that have no meaning together.
     fn check(&self) -> Result<(), clap::Error> {
-        if let Command::Diff(Diff { generation, .. }) = &self.command
-            && generation.len() > 2
-        {
-            let problem = "--generation is given at most twice";
-            return Err(Self::command().error(ErrorKind::TooManyValues, problem));
-        }
-        let (verb, trace) = match &self.command {
-            Command::Run(run) => ("run", &run.trace),
-            Command::Attach(attach) => ("attach", &attach.trace),
+        let (verb, kind, problem) = match &self.command {
+            Command::Diff(diff) if diff.generation.len() > 2 => (
+                "diff",
+                ErrorKind::TooManyValues,
+                "--generation is given at most twice".to_owned(),
+            ),
+            Command::Run(Run { trace, .. }) => match trace.check() {
+                Ok(()) => return Ok(()),
+                Err(problem) => ("run", ErrorKind::ArgumentConflict, format!("{problem:#}")),
+            },
+            Command::Attach(Attach { trace, .. }) => match trace.check() {
+                Ok(()) => return Ok(()),
+                Err(problem) => (
+                    "attach",
+                    ErrorKind::ArgumentConflict,
+                    format!("{problem:#}"),
+                ),
+            },
             _ => return Ok(()),
         };
-        trace.check().map_err(|problem| {
-            let mut all = Self::command();
-            all.build();
-            let error = |command: &mut clap::Command| {
-                command.error(ErrorKind::ArgumentConflict, format!("{problem:#}"))
-            };
-            match all.find_subcommand_mut(verb) {
-                Some(command) => error(command),
-                None => error(&mut all),
-            }
+        let mut all = Self::command();
+        all.build();
+        Err(match all.find_subcommand_mut(verb) {
+            Some(command) => command.error(kind, problem),
+            None => all.error(kind, problem),
         })
     }
 }
@@ -108,6 +116,7 @@ executed, 127 if it was not found, 125 if unfreed itself failed or its command l
 
 Examples:
   unfreed run -- ./server --port 80
+  unfreed run -r server.unfreed -- ./server --port 80
   unfreed run --format json -o leaks.json -- python3 job.py")]
     Run(Run),
     /// Trace processes that are running
@@ -134,6 +143,7 @@ Examples:
   unfreed attach 4242 --max-overhead 2%   cost it no more than that; the default is 5%
   unfreed attach 4242 --exact             record every call, whatever it costs
   unfreed attach 4242 --older 30000       only blocks that are older than half a minute
+  unfreed attach 4242 -r web.unfreed      record it; `unfreed report web.unfreed` then makes reports
   unfreed attach 4242 --format json -o report.json --duration 60")]
     Attach(Attach),
     /// Show which processes grow, how fast, and from where
@@ -166,6 +176,7 @@ Examples:
   unfreed report web.unfreed --format json -o web.json
   unfreed report web.unfreed --from -10m          the last ten minutes
   unfreed report web.unfreed --from 1h --to 2h
+  unfreed report web.unfreed --generation warm    from the mark of that name to the next
   unfreed report web.unfreed --debug-dir ./debug  with the symbols that are there
   unfreed report web.unfreed --format folded | inferno-flamegraph > web.svg")]
     Report(ReportRecording),
@@ -192,6 +203,7 @@ by what it holds. What chance makes as often as once in 20 times is no differenc
 Examples:
   unfreed diff before.unfreed after.unfreed
   unfreed diff v1.unfreed v2.unfreed --from 1m    without the first minute of both
+  unfreed diff web.unfreed web.unfreed --generation loop-1 --generation loop-2
   unfreed diff before.unfreed after.unfreed --format json -o diff.json")]
     Diff(Diff),
     /// Check what this host can do, and what would be probed in a process
@@ -818,6 +830,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_third_generation_is_refused_with_the_usage_of_diff() {
+        let words = "unfreed diff a b --generation 1 --generation 2 --generation 3";
+        let args = Args::try_parse_from(words.split(' ')).unwrap();
+        let refusal = args.check().unwrap_err().to_string();
+        assert!(refusal.contains("Usage: unfreed diff"), "{refusal}");
     }
 
     #[test]
