@@ -25,6 +25,8 @@ use tracer_user::{
 const DAY_S: u64 = 24 * 3600;
 const SECOND_NS: u64 = 1_000_000_000;
 const NUMBER: u64 = 1;
+/// What a session's looks may take.
+const MOST_BYTES: usize = 48 << 20;
 
 /// Every third site leaks, every third turns its blocks over, every third did something once.
 fn counted(site: usize, at_s: f64) -> Tally {
@@ -147,7 +149,7 @@ fn a_day_is_recorded_in_bounds_and_read_with_the_same_verdicts() {
             allocs: tallies.values().map(|tally| tally.allocs).sum(),
             untracked_frees: 0,
         };
-        let step = Step::Looked(history.look(at_ns, work, &tallies));
+        let step = Step::Looked(history.look(at_ns, work, &tallies, MOST_BYTES));
         recorder.take(&Seen {
             number: NUMBER,
             account: &account,

@@ -475,7 +475,13 @@ impl History {
     #[must_use]
     pub fn of(kept: Kept, from_ns: u64, to_ns: u64) -> Self {
         let since_ns = kept.since_ns.max(from_ns);
-        let last_ns = kept.last_ns.min(to_ns).max(since_ns);
+        // Of a time that was long ago when the session ended few looks are left: nothing is known from the last one to the
+        // end of the range, which is not to say that nothing happened.
+        let end_ns = kept.last_ns.min(to_ns);
+        let seen = kept.work.iter().rfind(|look| look.at_ns <= end_ns);
+        let last_ns = seen
+            .map_or(end_ns, |look| look.until_ns.min(end_ns))
+            .max(since_ns);
         let mut before = HashMap::new();
         let mut sites = HashMap::new();
         for (id, looks) in kept.sites {
@@ -688,6 +694,24 @@ mod tests {
         };
         assert_eq!(from(50), Some((100, 50)));
         assert_eq!(from(100), Some((0, 0)));
+    }
+
+    #[test]
+    fn a_range_ends_with_what_was_seen_last_in_it() {
+        let look = |second: u64| Look {
+            at_ns: second * SECOND,
+            until_ns: second * SECOND,
+            seen: Work::default(),
+        };
+        let last_s = |to_s: u64| {
+            let kept = Kept {
+                work: vec![look(10), look(47), look(61)],
+                last_ns: 61 * SECOND,
+                ..Kept::default()
+            };
+            History::of(kept, 0, to_s * SECOND).last_ns / SECOND
+        };
+        assert_eq!((last_s(60), last_s(61), last_s(90)), (47, 61, 61));
     }
 
     #[test]

@@ -138,10 +138,10 @@ impl Session {
         let at_ns = at_s * SECOND;
         let step = match is_mark {
             true => {
-                self.history.restart(at_ns, tallies.clone());
+                self.history.restart(at_ns, work, tallies.clone());
                 Step::Restarted
             }
-            false => Step::Looked(self.history.look(at_ns, work, &tallies)),
+            false => Step::Looked(self.history.look(at_ns, work, &tallies, usize::MAX)),
         };
         self.recorder.take(&Seen {
             number: 1,
