@@ -14,7 +14,7 @@ use tracer_user::{
     definitions::Definitions,
     discover::process::Process,
     files::{Generated, Location},
-    history::{History, Judging, Tally, Work},
+    history::{History, Judging, MOST_BYTES, Tally, Work},
     recording::{Created, Recorder, Recording, Seen, Step},
     report::Report,
     stacks::{Stack, StackEnd},
@@ -25,8 +25,6 @@ use tracer_user::{
 const DAY_S: u64 = 24 * 3600;
 const SECOND_NS: u64 = 1_000_000_000;
 const NUMBER: u64 = 1;
-/// What a session's looks may take.
-const MOST_BYTES: usize = 48 << 20;
 
 /// Every third site leaks, every third turns its blocks over, every third did something once.
 fn counted(site: usize, at_s: f64) -> Tally {

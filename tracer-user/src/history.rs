@@ -22,7 +22,7 @@ const FINENESS: f64 = 6.0;
 /// With less, hardly more than the first look and the last ones would be left.
 const LEAST_FINENESS: f64 = 1.0 / 64.0;
 /// What the looks of all processes may take, in bytes: of those with the most they are kept less finely then.
-pub(crate) const MOST_BYTES: usize = 48 << 20;
+pub const MOST_BYTES: usize = 48 << 20;
 
 /// What a site has counted by a moment. All but what is live only grows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
