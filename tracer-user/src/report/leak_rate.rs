@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::units::{bytes, count, counted, duration};
 use crate::{
-    verdict::{Growth, Judgement, Verdict},
+    verdict::{Growth, Judgement, LEAST_CONFIDENCE, Verdict, never_freed},
     windows::{Doubt, Estimate, Interval, Rank},
 };
 
@@ -26,6 +26,9 @@ pub struct LeakRate {
     pub unresolved: u64,
     /// Age up to which blocks were watched, in seconds.
     pub watched_s: f64,
+    /// See [`Estimate::kept`].
+    #[serde(default)]
+    pub kept: Option<f64>,
     /// Why the intervals are as wide as they are, and what may be wrong with them.
     pub doubts: Vec<Doubt>,
     /// Blocks allocated a second.
@@ -43,6 +46,7 @@ impl From<&Estimate> for LeakRate {
             outlived: estimate.outlived,
             unresolved: estimate.unresolved,
             watched_s: estimate.watched_s,
+            kept: estimate.kept,
             doubts: estimate.doubts.clone(),
             allocs_per_s: estimate.allocs_per_s,
             evidence: Some(estimate.evidence).filter(|evidence| evidence.is_finite()),
@@ -57,7 +61,8 @@ impl LeakRate {
         self.blocks_per_s.low > 0.0
     }
 
-    /// As a verdict: of what does not leak for certain, windows tell nothing.
+    /// As a verdict. Of what does not leak for certain windows tell nothing, unless it was never seen to free anything: that
+    /// is as good a reason as it is where all calls are seen, as far as frees would have been seen.
     #[must_use]
     pub fn judgement(&self) -> Judgement {
         let [low, estimate, high] = [
@@ -65,18 +70,29 @@ impl LeakRate {
             self.bytes_per_s.estimate,
             self.bytes_per_s.high,
         ];
-        let verdict = match self.is_certain() {
-            true => Verdict::Growing,
-            false => Verdict::InsufficientData,
+        let (verdict, confidence) = match (self.is_certain(), self.accused()) {
+            (true, _) => (Verdict::Growing, CONFIDENCE),
+            (false, Some(confidence)) => (Verdict::Growing, confidence),
+            (false, None) => (Verdict::InsufficientData, 0.0),
+        };
+        let outlived = counted(self.outlived, "block");
+        let watched = duration(self.watched_s);
+        let freed = match self.kept {
+            Some(kept) => format!(
+                "none of {outlived} that outlived their window was found to be freed in {watched}, which would have been \
+                 seen with {:.0} %",
+                kept * 100.0
+            ),
+            None => format!(
+                "of {outlived} that outlived their window, {} were not seen to be freed in {watched}",
+                count(self.unresolved)
+            ),
         };
         Judgement {
             verdict,
-            confidence: if verdict.is_leak() { CONFIDENCE } else { 0.0 },
+            confidence,
             why: format!(
-                "of {} that outlived their window, {} were not seen to be freed in {}; {} to {}/s",
-                counted(self.outlived, "block"),
-                count(self.unresolved),
-                duration(self.watched_s),
+                "{freed}; {} to {}/s",
                 bytes(low.round() as u64),
                 bytes(high.round() as u64),
             ),
@@ -88,10 +104,23 @@ impl LeakRate {
         }
     }
 
-    /// Its place among others.
+    /// How sure it is that it leaks, if that is enough, though its interval begins at 0.
     #[must_use]
-    pub fn rank(&self) -> Rank {
-        Rank::new(self.bytes_per_s, self.evidence.unwrap_or(f64::NEG_INFINITY))
+    pub fn accused(&self) -> Option<f64> {
+        let confidence = self.kept? * never_freed(self.watched_s);
+        (confidence >= LEAST_CONFIDENCE).then_some(confidence)
+    }
+
+    /// Its place among others: what leaks for certain, what is called a leak, and the others.
+    #[must_use]
+    pub fn rank(&self) -> (u8, Rank) {
+        let evidence = self.evidence.unwrap_or(f64::NEG_INFINITY);
+        let standing = match (self.is_certain(), self.accused()) {
+            (true, _) => 2,
+            (false, Some(_)) => 1,
+            (false, None) => 0,
+        };
+        (standing, Rank::new(self.bytes_per_s, evidence))
     }
 
     /// Adds that of another site, which leaks by itself.
@@ -108,6 +137,10 @@ impl LeakRate {
         self.outlived += other.outlived;
         self.unresolved += other.unresolved;
         self.watched_s = self.watched_s.max(other.watched_s);
+        self.kept = match (self.kept, other.kept) {
+            (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        };
         self.evidence = match (self.evidence, other.evidence) {
             (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
             (ours, theirs) => ours.or(theirs),

@@ -18,7 +18,7 @@ use crate::{
     report::units::{bytes, count, counted, duration},
 };
 
-pub(crate) use self::shape::LEAST_SPACING_NS;
+pub(crate) use self::{shape::LEAST_SPACING_NS, survival::never_freed};
 use self::{
     shape::{Course, Samples},
     survival::{Fate, LifeTable},
@@ -134,7 +134,7 @@ const ADDED: f64 = 0.1;
 /// And at least this part is known by its birth.
 const LEAST_KNOWN: f64 = 0.5;
 /// Nobody is accused with less.
-const LEAST_CONFIDENCE: f64 = 0.6;
+pub(crate) const LEAST_CONFIDENCE: f64 = 0.6;
 /// Growth that a filling cache may show as well, as nothing was ever freed.
 const NEVER_FREED: f64 = 0.8;
 

@@ -61,6 +61,11 @@ pub(super) enum Fate {
     },
 }
 
+/// How sure it is that a site leaks of which nothing was freed in so many seconds.
+pub(crate) fn never_freed(seconds: f64) -> f64 {
+    NEVER_FREED * seconds / (seconds + FILLS_IN_S)
+}
+
 fn octave(age_s: f64) -> usize {
     ((age_s / YOUNGEST_S).log2().max(0.0) as usize).min(OCTAVES - 1)
 }
@@ -148,7 +153,7 @@ impl LifeTable {
                 let ratio = (self.oldest_s() / freed_by_s.max(1e-6)).ln().max(0.0);
                 1.0 - 1.0 / (1.0 + ratio)
             }
-            None => NEVER_FREED * self.now_s / (self.now_s + FILLS_IN_S),
+            None => never_freed(self.now_s),
         };
         Fate::Staying {
             age_s,

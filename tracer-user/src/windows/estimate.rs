@@ -44,6 +44,12 @@ const HUGE_BYTES: f64 = 131_072.0;
 /// How many frees one stands for that comes within two windows' lengths, in those that a later one stands for:
 /// there is seldom a window so soon after the last.
 const YOUNG_FREES: f64 = 3.0;
+/// With fewer blocks, or born in fewer windows, that none was seen freed is an accident.
+const LEAST_KEPT: f64 = 8.0;
+const LEAST_BORN_IN: f64 = 9.0;
+/// Births of which in the last third less than this part of those in the third before are recorded slow down: what is being
+/// filled will be full.
+const SLOWING: f64 = 0.75;
 /// Frees that come in lumps of this many are told.
 const LUMPS: f64 = 10.0;
 /// Error of the speed, in proportion, from which on it is told.
@@ -177,6 +183,9 @@ pub struct Estimate {
     pub unresolved: u64,
     /// Age up to which blocks were watched, in seconds.
     pub watched_s: f64,
+    /// Of a site whose blocks outlive windows as a rule and of which none was ever found to have been freed, though it goes on
+    /// allocating: the chance that a free would have been seen if all were freed, some time before the end.
+    pub kept: Option<f64>,
     /// How near the data are to certainty: above 0 where every doubt that figures can rule out is ruled out, the
     /// lower the more is missing.
     pub evidence: f64,
@@ -515,10 +524,49 @@ impl Estimate {
             outlived: all.outlived as u64,
             unresolved: all.unresolved as u64,
             watched_s,
+            kept: kept(model, site),
             evidence,
             doubts,
         }
     }
+}
+
+/// See [`Estimate::kept`]. At the worst all blocks live equally long: those of a window then die together, in a later one or
+/// between two. Windows come at random, so that they are seen to die with the probability that one is open.
+fn kept(model: &Model, site: &SiteWindows) -> Option<f64> {
+    let counters = &site.counters;
+    let outlived = site.outlived.sum();
+    let is_kept = counters.old_frees == 0
+        && counters.reused == 0
+        && site.resolved.sum() == 0.0
+        && site.inconsistent == 0
+        && outlived >= LEAST_KEPT
+        && outlived >= LONG_LIVED * counters.allocs as f64;
+    if !is_kept || model.windows() < MIN_WINDOWS {
+        return None;
+    }
+    let cohorts = || site.cohorts.iter().zip(model.cohorts().list());
+    let intake_s: f64 = cohorts().map(|(_, cohort)| cohort.intake_s).sum();
+    let old = cohorts().filter(|(_, cohort)| model.now_s() - cohort.last_s >= OLD_S);
+    // A cohort may be of several windows.
+    let windows: f64 = old
+        .map(|(members, cohort)| {
+            let windows = cohort.intake_s / intake_s * f64::from(model.windows());
+            windows.min(members.outlived as f64)
+        })
+        .sum();
+    if windows < LEAST_BORN_IN {
+        return None;
+    }
+    let (mut thirds, mut before_s) = ([0.0; 3], 0.0);
+    for (members, cohort) in cohorts() {
+        let middle_s = before_s + cohort.intake_s / 2.0;
+        let third = (3.0 * middle_s / intake_s) as usize;
+        thirds[third.min(2)] += members.outlived as f64;
+        before_s += cohort.intake_s;
+    }
+    let goes_on = thirds[2] > 0.0 && thirds[2] >= SLOWING * thirds[1];
+    goes_on.then(|| 1.0 - (1.0 - model.duty()).powf(windows))
 }
 
 fn rate(count: f64, lump: f64, time_s: f64, z: f64) -> Interval {

@@ -454,6 +454,12 @@ fn write_leak(rate: &LeakRate, to: &mut dyn Write) -> io::Result<()> {
             "      leaks {range}, {:.2} % of its blocks",
             rate.share.estimate * 100.0
         )?;
+    } else if let Some(confidence) = rate.accused() {
+        let percent = (confidence * 100.0).round();
+        writeln!(
+            to,
+            "      never seen to free anything: leaks, {percent} % sure, {range}"
+        )?;
     } else {
         writeln!(to, "      may leak {range}")?;
     }
