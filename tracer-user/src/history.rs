@@ -9,6 +9,7 @@ use std::{collections::HashMap, time::Duration};
 use serde::{Deserialize, Serialize};
 use tracer_common::{
     histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, birth_slice_start_ns},
+    missed::Missed,
     site::{Site, VARIANCE_BYTES},
 };
 
@@ -412,11 +413,24 @@ pub struct Changes {
     pub thinned: HashMap<SiteId, Vec<u64>>,
 }
 
-/// What the user said about how sites are judged.
+/// What sites of all processes are judged by alike.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Judging {
-    /// How long processes warm up; found, if it is not said.
+    /// How long processes warm up, if the user said that; found, if not.
     pub warmup_ns: Option<u64>,
+    /// Calls of any process that the kernel side could not record: any of them may have been a free of any site.
+    pub unseen_calls: u64,
+}
+
+impl Judging {
+    /// Of missed events, how many may have been frees that are not known to be.
+    pub fn unseen(missed: impl IntoIterator<Item = (Missed, u64)>) -> u64 {
+        missed
+            .into_iter()
+            .filter(|(missed, _)| matches!(missed, Missed::PendingFull | Missed::MapErrors))
+            .map(|(_, number)| number)
+            .sum()
+    }
 }
 
 /// A [`Tally`], packed: it is kept many times.
@@ -590,6 +604,7 @@ impl History {
             work: self.work.all(),
             now_ns: self.last_ns,
             warmup_ns: judging.warmup_ns,
+            unseen_calls: judging.unseen_calls,
             begin_ns: self.since_ns,
             ran_before_ns: ran_before.as_nanos() as u64,
         })

@@ -205,6 +205,7 @@ impl Recording {
     ) -> anyhow::Result<Report> {
         let judging = Judging {
             warmup_ns: warmup.map(nanoseconds).or(self.warmup_ns),
+            unseen_calls: Judging::unseen(self.session.missed()),
         };
         let from_ns = range.from.map_or(0, nanoseconds);
         let to_ns = range.to.map_or(u64::MAX, nanoseconds);

@@ -19,6 +19,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracer_common::missed::Missed;
 
 pub use leak_rate::LeakRate;
 pub use programs::{ProgramReport, programs};
@@ -567,6 +568,13 @@ pub struct Frame {
 }
 
 impl Report {
+    /// Missed events of each kind, if they were counted.
+    pub(crate) fn missed(&self) -> impl Iterator<Item = (Missed, u64)> {
+        Missed::ALL
+            .iter()
+            .filter_map(|missed| Some((*missed, *self.missed_events.get(missed.name())?)))
+    }
+
     /// Everything that was traced: processes, and sums of some that have ended.
     pub(crate) fn everything(&self) -> impl Iterator<Item = &ProcessReport> {
         self.processes.iter().chain(&self.sums)

@@ -13,7 +13,7 @@ use crate::{
     account::{Account, Ages, Figures, SiteId},
     assembly::assemble,
     bpf::tracer::monotonic_ns,
-    history::{self, Tally, Work},
+    history::{self, Judging, Tally, Work},
     recording::{Seen, Step},
     report::{Filters, HostFacts, Report, SCHEMA},
     target::Target,
@@ -118,6 +118,9 @@ impl Session {
         let is_continuous = self.traces_all_the_time();
         if !is_continuous && self.recorder.is_none() {
             return;
+        }
+        if let Ok(missed) = self.tracer.missed() {
+            self.judging.unseen_calls = Judging::unseen(missed);
         }
         let now_ns = self.stopped_ns.unwrap_or_else(monotonic_ns);
         let since_ns = self.tracer.recording().since_ns;

@@ -237,6 +237,7 @@ impl Session {
             limits: Limits::new(memory::WINDOW_S),
             judging: Judging {
                 warmup_ns: report.warmup.map(|warmup| warmup.as_nanos() as u64),
+                unseen_calls: 0,
             },
             sampled_bytes: trace.sample_bytes,
             recorder: None,

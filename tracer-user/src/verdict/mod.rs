@@ -123,6 +123,8 @@ pub struct Case<'a> {
     pub warmup_ns: Option<u64>,
     /// How long the process had run before it was armed: blocks of then are not known.
     pub ran_before_ns: u64,
+    /// Calls that were not seen, whoever made them.
+    pub unseen_calls: u64,
 }
 
 /// Fewer blocks can be an accident.
@@ -288,11 +290,11 @@ fn grows(
         per_minute(growing.rate.low),
         per_minute(growing.rate.high)
     );
-    let missed = last.missed_frees as f64;
-    if missed > MOST_MISSED * growing.blocks.max(1.0) && last.missed_frees > 0 {
+    let missed = missed_frees(case, last);
+    if missed > MOST_MISSED * growing.blocks.max(1.0) {
         return insufficient(format!(
             "{allocated}; {} were not seen, which may explain that it grows",
-            counted(last.missed_frees, "free")
+            counted(missed.ceil() as u64, "free")
         ));
     }
     let unseen = shape::untracked_frees(case);
@@ -352,18 +354,30 @@ fn grows(
                 Verdict::Growing,
                 confidence,
                 format!(
-                    "{allocated}; of {} that grew older than {}, {} freed; {rate}",
+                    "{allocated}; of {} that grew older than {}, {} freed; {rate}{}",
                     count(old as u64),
                     duration(age_s),
                     match died as u64 {
                         0 => "none was".to_owned(),
                         1 => "1 was".to_owned(),
                         died => format!("{} were", count(died)),
+                    },
+                    match missed.ceil() as u64 {
+                        0 => String::new(),
+                        missed => format!("; {} may not have been seen", counted(missed, "free")),
                     }
                 ),
             )
         }
     }
+}
+
+/// Frees of a site that were not seen: those that an allocation at the same address showed, and the part of the calls that
+/// were not seen at all that it has of the process's work. They may be another process's; then it is fewer.
+fn missed_frees(case: &Case<'_>, last: &Tally) -> f64 {
+    let done = case.work.last().map_or(0, |look| look.seen.allocs);
+    let share = last.allocs as f64 / done.max(last.allocs).max(1) as f64;
+    last.missed_frees as f64 + case.unseen_calls as f64 * share
 }
 
 fn per_minute(bytes_per_s: f64) -> String {

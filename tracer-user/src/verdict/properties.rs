@@ -129,6 +129,7 @@ proptest! {
             now_ns: at_ns,
             warmup_ns: None,
             ran_before_ns,
+            unseen_calls: missed / 2,
         });
         prop_assert!(is_sound(&judgement), "{judgement:?}");
     }

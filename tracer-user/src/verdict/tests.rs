@@ -49,7 +49,12 @@ pub(super) const NEVER: f64 = f64::INFINITY;
 
 /// What a session of so many seconds sees of blocks.
 pub(super) fn judged(blocks: &[Block], seconds: f64) -> Judgement {
-    judged_with(blocks, seconds, None)
+    judged_with(blocks, seconds, None, 0)
+}
+
+/// Likewise, where so many calls were not seen.
+fn judged_unseen(blocks: &[Block], seconds: f64, unseen_calls: u64) -> Judgement {
+    judged_with(blocks, seconds, None, unseen_calls)
 }
 
 /// What has been counted by then; of blocks that were born before a mark, frees after it are counted apart.
@@ -86,7 +91,12 @@ fn work(at: f64) -> Work {
     }
 }
 
-fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgement {
+fn judged_with(
+    blocks: &[Block],
+    seconds: f64,
+    warmup_s: Option<f64>,
+    unseen_calls: u64,
+) -> Judgement {
     let (mut site, mut works) = (Looks::default(), Looks::default());
     let mut at = 0.0;
     while at < seconds {
@@ -105,6 +115,7 @@ fn judged_with(blocks: &[Block], seconds: f64, warmup_s: Option<f64>) -> Judgeme
         warmup_ns: warmup_s.map(|warmup| (warmup * SECOND_NS) as u64),
         begin_ns: 0,
         ran_before_ns: 0,
+        unseen_calls,
     })
 }
 
@@ -190,6 +201,24 @@ fn what_is_never_freed_grows() {
     let growth = judgement.growth.unwrap();
     assert!((growth.bytes_per_s - 200.0).abs() < 10.0, "{judgement:?}");
     assert!(growth.low <= 200.0 && growth.high >= 200.0, "{judgement:?}");
+}
+
+#[test]
+fn calls_that_were_not_seen_make_a_leak_less_sure() {
+    let blocks = births(2.0, 180.0, |_| NEVER);
+    let sure = judged(&blocks, 180.0);
+    // Of 180,000 that the process allocated, the site has 360.
+    let less = judged_unseen(&blocks, 180.0, 15_000);
+    expect(&less, Verdict::Growing);
+    assert!(
+        less.why.contains("30 frees may not have been seen"),
+        "{less:?}"
+    );
+    assert!(less.confidence <= sure.confidence);
+    expect(
+        &judged_unseen(&blocks, 180.0, 30_000),
+        Verdict::InsufficientData,
+    );
 }
 
 #[test]
@@ -421,7 +450,7 @@ fn a_block_that_is_enlarged_for_ever_grows() {
 #[test]
 fn a_warm_up_that_the_user_knows_of_is_left_out() {
     let blocks = births(10.0, 100.0, |_| NEVER);
-    let judgement = judged_with(&blocks, 180.0, Some(100.0));
+    let judgement = judged_with(&blocks, 180.0, Some(100.0), 0);
     expect(&judgement, Verdict::Startup);
 }
 

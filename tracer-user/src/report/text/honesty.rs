@@ -2,8 +2,6 @@
 
 use std::io::{self, Write};
 
-use tracer_common::missed::Missed;
-
 use super::{
     super::{
         Report,
@@ -15,13 +13,7 @@ use crate::stacks::StackQuality;
 
 /// What the figures do not contain.
 pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
-    let missed: Vec<_> = Missed::ALL
-        .iter()
-        .filter_map(|missed| {
-            let number = *report.missed_events.get(missed.name())?;
-            (number > 0).then_some((*missed, number))
-        })
-        .collect();
+    let missed: Vec<_> = report.missed().filter(|(_, number)| *number > 0).collect();
     if report.untracked_frees > 0 {
         let reasons = [
             (true, "from before tracing began"),
