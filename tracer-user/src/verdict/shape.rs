@@ -188,8 +188,9 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
         return level;
     }
     if certainty.is_none() {
-        // Much of it may be growth that is not certain yet.
-        return if rate.bytes_per_s * span_s < LEVEL * live {
+        // Much of it may be growth that is not certain yet, or that no sample fell on.
+        let unseen = Z_95 * samples.deviation_bytes;
+        return if rate.bytes_per_s * span_s < LEVEL * live && unseen < LEVEL * live {
             level
         } else {
             Course::Undecided

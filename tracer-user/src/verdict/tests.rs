@@ -2,7 +2,10 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use tracer_common::histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot};
+use tracer_common::{
+    histogram::{BIRTH_SLICES, LIFETIME_SLOTS, birth_slice, lifetime_slot},
+    site::VARIANCE_BYTES,
+};
 
 use super::*;
 use crate::{
@@ -297,6 +300,38 @@ fn a_start_up_to_which_little_was_added_says_so() {
     let judgement = judged(&blocks, 60.0);
     expect(&judgement, Verdict::Startup);
     assert!(judgement.why.contains("all but 1 block "), "{judgement:?}");
+}
+
+#[test]
+fn a_few_samples_do_not_make_a_start_up() {
+    let judged_by = |weight: u64| {
+        let site: Vec<Look<Tally>> = (1..=90)
+            .map(|second: u64| Look {
+                at_ns: second * 1_000_000_000,
+                until_ns: second * 1_000_000_000,
+                seen: Tally {
+                    // Four samples in the first half minute.
+                    allocs: 64 * (second / 8 + 1).min(4),
+                    alloc_bytes: 6400 * (second / 8 + 1).min(4),
+                    live_bytes_variance: 4 * weight * (weight - 1) * 100 * 100
+                        / (VARIANCE_BYTES * VARIANCE_BYTES),
+                    births: vec![64; 4],
+                    ..Tally::default()
+                },
+            })
+            .collect();
+        judge(&Case {
+            site: &site,
+            work: &[],
+            now_ns: 90_000_000_000,
+            warmup_ns: None,
+            begin_ns: 0,
+            ran_before_ns: 0,
+            unseen_calls: 0,
+        })
+    };
+    expect(&judged_by(1), Verdict::Startup);
+    expect(&judged_by(64), Verdict::InsufficientData);
 }
 
 #[test]
