@@ -576,6 +576,7 @@ impl Account {
                 _ => None,
             },
             replaced_by_exec: self.end == Some(End::Replaced),
+            left_out: self.end == Some(End::LeftOut),
             untraced_children: self.untraced_children,
             unseen_vfork_children: self.unseen_vfork_children,
             main_thread_exited: self.main_thread_exited,

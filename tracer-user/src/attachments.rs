@@ -299,6 +299,16 @@ impl Attachments {
         failed
     }
 
+    /// Gives up probes that could not be put back, so that who maps these files is not taken to be probed. Gives what is
+    /// left of them.
+    pub fn give_up_away(&mut self) -> Vec<Link> {
+        let is_away = |standing: &Standing| standing.probes.as_ref().is_some_and(ProbeSet::is_away);
+        let away = self.standing.extract_if(|_, standing| is_away(standing));
+        away.filter_map(|(_, standing)| standing.probes)
+            .flat_map(ProbeSet::detach)
+            .collect()
+    }
+
     fn probes(&mut self) -> impl Iterator<Item = &mut ProbeSet> {
         let standing = self.standing.values_mut();
         standing.filter_map(|standing| standing.probes.as_mut())

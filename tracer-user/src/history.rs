@@ -538,6 +538,12 @@ impl History {
         self.since_ns
     }
 
+    /// The last look, in nanoseconds since the instance was armed.
+    #[must_use]
+    pub const fn last_ns(&self) -> u64 {
+        self.last_ns
+    }
+
     /// What a site has counted since calls are recorded without a gap, by what it has counted in all.
     #[must_use]
     pub fn since(&self, id: SiteId, tally: &Tally) -> Tally {

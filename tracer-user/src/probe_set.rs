@@ -59,6 +59,12 @@ impl ProbeSet {
         std::mem::take(&mut self.links)
     }
 
+    /// Whether probes were taken away and are not back.
+    #[must_use]
+    pub const fn is_away(&self) -> bool {
+        self.links.is_empty() && !self.points.is_empty()
+    }
+
     /// Attaches those again that were taken away.
     pub fn put_back(&mut self, tracer: &mut Tracer) -> anyhow::Result<()> {
         if !self.links.is_empty() {

@@ -125,6 +125,13 @@ impl LeakRate {
 
     /// Adds that of another site, which leaks by itself.
     pub fn join(&mut self, other: &Self) {
+        // Where one is seen to free, the sum is.
+        self.kept = match (self.kept, other.kept) {
+            (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
+            (Some(kept), None) if other.unresolved == other.outlived => Some(kept),
+            (None, Some(kept)) if self.unresolved == self.outlived => Some(kept),
+            _ => None,
+        };
         self.blocks_per_s = self.blocks_per_s.plus(other.blocks_per_s);
         self.bytes_per_s = self.bytes_per_s.plus(other.bytes_per_s);
         self.allocs_per_s = self.allocs_per_s.plus(other.allocs_per_s);
@@ -137,10 +144,6 @@ impl LeakRate {
         self.outlived += other.outlived;
         self.unresolved += other.unresolved;
         self.watched_s = self.watched_s.max(other.watched_s);
-        self.kept = match (self.kept, other.kept) {
-            (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
-            (ours, theirs) => ours.or(theirs),
-        };
         self.evidence = match (self.evidence, other.evidence) {
             (Some(ours), Some(theirs)) => Some(ours.max(theirs)),
             (ours, theirs) => ours.or(theirs),

@@ -227,6 +227,9 @@ pub struct ProcessReport {
     pub exit: Option<Exit>,
     /// Whether it was replaced by another program (`exec`).
     pub replaced_by_exec: bool,
+    /// Its probes could not be put back, so that it was recorded no longer.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub left_out: bool,
     /// Children forked that were not traced.
     pub untraced_children: u32,
     /// Children that borrowed the memory until their `exec` (vfork, posix_spawn), where their
@@ -453,7 +456,7 @@ impl ProcessReport {
     /// Whether it runs on.
     #[must_use]
     pub const fn is_running(&self) -> bool {
-        self.exit.is_none() && !self.replaced_by_exec
+        self.exit.is_none() && !self.replaced_by_exec && !self.left_out
     }
 }
 

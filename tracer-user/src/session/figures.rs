@@ -13,7 +13,7 @@ use crate::{
     account::{Account, Ages, Figures, SiteId},
     assembly::assemble,
     bpf::tracer::monotonic_ns,
-    history::{self, Judging, Tally, Work},
+    history::{self, Changes, Judging, Tally, Work},
     recording::{Seen, Step},
     report::{Filters, HostFacts, Report, SCHEMA},
     target::Target,
@@ -185,7 +185,9 @@ impl Session {
             let at_ns = figures.now_ns.saturating_sub(state.armed_at_ns);
             // Nothing comes any more of who had ended by then; what it did before is what is known of it.
             let is_over = target.end.is_some() && at_ns < since_ns;
+            let was_seen = is_over && target.history.last_ns() == at_ns;
             let step = match () {
+                () if was_seen && is_continuous => Step::Looked(Changes::default()),
                 () if !is_continuous || is_over => Step::Unseen,
                 () if target.history.since_ns() != since_ns => {
                     target.history.restart(since_ns, work, tallies.clone());

@@ -347,6 +347,7 @@ impl Session {
     /// Records these instances no longer: they lack probes, and what they free would be seen no more. Says so for the
     /// report.
     fn leave_out(&mut self, lacking: &BTreeMap<u32, String>) -> String {
+        links::detach(self.attachments.give_up_away());
         for instance in lacking.keys() {
             let Some(target) = self.targets.get_mut(instance) else {
                 continue;

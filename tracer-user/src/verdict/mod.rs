@@ -176,7 +176,7 @@ pub fn judge(case: &Case<'_>) -> Judgement {
             format!("{allocated}; {}", too_short(&samples)),
         ),
         Course::Level { since_s, grew } => level(case, last, since_s, grew, &allocated),
-        Course::Sawtooth { drops, lows_rise } if !lows_rise => found(
+        Course::Sawtooth { drops } => found(
             Verdict::Bounded,
             1.0 - 1.0 / (1.0 + f64::from(drops)),
             format!("{allocated}; it fell by more than half {drops} times"),
@@ -206,13 +206,7 @@ pub fn judge(case: &Case<'_>) -> Judgement {
             0.0,
             format!("{allocated}; whether what is left grows is not certain yet"),
         ),
-        Course::Sawtooth { .. } | Course::Growing(_) => {
-            let growing = match course {
-                Course::Growing(growing) => growing,
-                _ => shape::Growing::of_lows(&samples),
-            };
-            grows(case, last, &growing, &table, &allocated)
-        }
+        Course::Growing(growing) => grows(case, last, &growing, &table, &allocated),
     }
 }
 

@@ -105,15 +105,15 @@ pub(super) enum Course {
     Unknown,
     /// They have not grown since then; and whether they did before.
     Level { since_s: f64, grew: bool },
-    /// They fell by more than half, again and again; and whether the lowest points rise.
-    Sawtooth { drops: u32, lows_rise: bool },
+    /// They fell by more than half, again and again.
+    Sawtooth { drops: u32 },
     /// They grow ever less for the same work: this part of what they did; and whether it is on its way to none.
     Slowing { ratio: f64, sure: bool },
     /// They grew in a few steps.
     Unsteady { steps: u32 },
     /// Whether they grow is not certain.
     Undecided,
-    /// They grow.
+    /// They grow, or their lowest points do.
     Growing(Growing),
 }
 
@@ -153,10 +153,13 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
     let fallen = all.partition_point(|sample| sample.time_s < fell_s);
     let begin = match lows.len() >= 2 {
         true if 2 * fallen > begin + all.len() => {
-            return Course::Sawtooth {
-                drops: lows.len() as u32,
-                lows_rise: lows.len() >= LEAST_LOWS
-                    && lows.is_sorted_by(|one, next| one.live_bytes < next.live_bytes),
+            let rise = lows.len() >= LEAST_LOWS
+                && lows.is_sorted_by(|one, next| one.live_bytes < next.live_bytes);
+            return match rise {
+                true => Course::Growing(Growing::of_lows(&lows)),
+                false => Course::Sawtooth {
+                    drops: lows.len() as u32,
+                },
             };
         }
         true => fallen + warm_up(&all[fallen..]),
@@ -220,8 +223,7 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
 impl Growing {
     /// Of a site whose lowest points rise: the slopes between any two of them are the interval, which is Theil and Sen's of
     /// 98 % where there are five.
-    pub(super) fn of_lows(samples: &Samples) -> Self {
-        let lows = lows(&samples.all);
+    fn of_lows(lows: &[Sample]) -> Self {
         let mut slopes = Vec::new();
         for (index, later) in lows.iter().enumerate() {
             slopes.extend(lows[..index].iter().map(|earlier| {

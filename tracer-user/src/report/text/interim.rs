@@ -20,6 +20,7 @@ fn leak(site: &SiteReport) -> String {
                 .map(|rate| bytes(rate.round() as u64));
             format!(", leaks {least} to {most}/s")
         }
+        Some(rate) if rate.accused().is_some() => ", leaks".to_owned(),
         None if site.verdict.is_leak() => match site.growth_bytes_per_s {
             Some(rate) => format!(", leaks {}/min", bytes((rate * 60.0).round() as u64)),
             None => ", leaks".to_owned(),

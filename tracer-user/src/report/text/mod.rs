@@ -676,6 +676,7 @@ fn write_family(
 fn ending(process: &ProcessReport) -> String {
     match process.exit {
         _ if process.replaced_by_exec => ", until it started another program".to_owned(),
+        _ if process.left_out => ", until its probes could not be put back".to_owned(),
         Some(Exit {
             code: Some(code), ..
         }) => format!(", until it exited with status {code}"),
