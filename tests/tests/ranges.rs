@@ -1,13 +1,10 @@
 //! Mappings that a program makes itself, in pieces and over each other.
 
-use std::{process::Command, time::Duration};
-
 use unfreed_tests::{
     books::{Books, Counts, field},
     fixture::Fixture,
     machine,
-    process::Process,
-    report::{books_through_any_frame, family_of, function_of, sites_of},
+    report::{books_through_any_frame, family_of, sites_of},
     skip,
     target::Target,
     unfreed::Unfreed,
@@ -74,34 +71,4 @@ fn mappings_alone_can_be_counted() {
         field(&process["families"][0]["totals"], "allocs") > 200,
         "{report}"
     );
-}
-
-#[test]
-fn mappings_that_are_kept_for_ever_grow_and_others_do_not() {
-    if !skip::is_root() {
-        return;
-    }
-    let _turn = machine::take();
-    let program = Fixture::new("mappings.c").flag("-lm").build();
-    // It is still there when the session ends.
-    let mut program = Process::start(Command::new(program).arg("600"));
-    let session = Unfreed::attach(&[program.pid()])
-        .options(["--mappings", "--duration", "60"])
-        .start()
-        .tracing();
-    program.tell("");
-    let outcome = session.finish_within(Duration::from_secs(180));
-    program.signal(libc::SIGKILL);
-    let report = outcome.report();
-    for (function, verdict) in [
-        ("leak_mapping", "growing"),
-        ("held_for_a_second", "bounded"),
-        ("table", "startup"),
-    ] {
-        let site = sites_of(report.process(program.pid()))
-            .find(|site| (0..3).any(|frame| function_of(site, frame) == Some(function)))
-            .unwrap_or_else(|| panic!("no site in {function}: {report}"));
-        assert_eq!(family_of(site), Some("mapping"), "{site:#}");
-        assert_eq!(site["verdict"], verdict, "{site:#}");
-    }
 }

@@ -9,7 +9,7 @@ use unfreed_tests::{
     fixture::Fixture,
     machine,
     process::Process,
-    report::{Report, function_of},
+    report::{Report, family_of, function_of},
     skip,
     unfreed::{Session, Unfreed},
 };
@@ -27,13 +27,25 @@ struct Case {
 
 impl Case {
     fn start(name: &str) -> Self {
-        let program = Fixture::new(&format!("../cases/{name}.c"))
-            .flag("-lm")
-            .build();
+        Self::of(&format!("../cases/{name}.c"), &[])
+    }
+
+    fn of(source: &str, options: &[&str]) -> Self {
+        let program = Fixture::new(source).flag("-lm").build();
         let program = Process::start(Command::new(program).args([LONGER, "1"]));
         let session = Unfreed::attach(&[program.pid()])
             .options(["--duration", SECONDS])
+            .options(options.iter())
             .start();
+        Self { program, session }
+    }
+
+    /// What maps memory itself, and begins when it is traced.
+    fn mappings() -> Self {
+        let case = Self::of("mappings.c", &["--mappings"]);
+        let session = case.session.tracing();
+        let mut program = case.program;
+        program.tell("");
         Self { program, session }
     }
 
@@ -53,13 +65,15 @@ fn site<'a>(report: &'a Report, function: &str) -> &'a Value {
 }
 
 #[test]
-fn a_leak_grows_and_neither_a_full_cache_nor_tables_do() {
+fn leaks_grow_and_neither_what_is_held_for_a_while_nor_tables_do() {
     if !skip::is_root() {
         return;
     }
     let _turn = machine::take();
     let cases = ["leak_one_in_1000", "cache_time_to_live", "startup_tables"].map(Case::start);
+    let mappings = Case::mappings();
     let [leak, cache, tables] = cases.map(Case::report);
+    let mappings = mappings.report();
 
     let leaking = site(&leak, "leak_item");
     assert_eq!(leaking["verdict"], "growing", "{leaking:#}");
@@ -78,6 +92,15 @@ fn a_leak_grows_and_neither_a_full_cache_nor_tables_do() {
             site["why"].as_str().is_some_and(|why| !why.is_empty()),
             "{site:#}"
         );
+    }
+    for (function, verdict) in [
+        ("leak_mapping", "growing"),
+        ("held_for_a_second", "bounded"),
+        ("table", "startup"),
+    ] {
+        let site = site(&mappings, function);
+        assert_eq!(family_of(site), Some("mapping"), "{site:#}");
+        assert_eq!(site["verdict"], verdict, "{site:#}");
     }
     for report in [&leak, &cache, &tables] {
         for site in report.sites().filter(|site| site["verdict"] == "growing") {
