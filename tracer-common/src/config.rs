@@ -80,8 +80,9 @@ pub struct Config {
     pub mm_brk: u32,
     /// Buckets of the ledger, a power of two.
     pub ledger_buckets: u32,
-    /// Makes the next field aligned.
-    pub padding: u32,
+    /// Processors that are the same by these bits of their number share a stripe of busy sites, see
+    /// [`crate::site::Site::striped`]; 0 if there is but one processor.
+    pub stripe_mask: u32,
     /// Whose programs become instances when they are executed.
     pub starts: Starts,
 }

@@ -24,15 +24,34 @@ pub const fn first_reserved(max_sites: u32) -> u32 {
     max_sites - max_sites / 16
 }
 
+/// Sites that can be striped at a time.
+pub const MAX_STRIPED: u16 = 128;
+
+/// Elements of the site table beyond those of sites, where the processors are told apart by `mask`
+/// ([`crate::config::Config::stripe_mask`]).
+#[must_use]
+pub const fn stripe_elements(mask: u32) -> u32 {
+    MAX_STRIPED as u32 * mask
+}
+
+/// The element where a site counts what a processor sees that is not 0 by the mask: see [`Site::striped`].
+#[inline(always)]
+#[must_use]
+pub const fn stripe(max_sites: u32, mask: u32, striped: u16, processor: u32) -> u32 {
+    max_sites
+        .wrapping_add((striped as u32).wrapping_sub(1).wrapping_mul(mask))
+        .wrapping_add(processor.wrapping_sub(1))
+}
+
 const _: () = assert!(size_of::<SiteKey>() == 16);
 pod!(SiteKey);
 
 /// The user side has the frames.
-pub const FRAMES_SENT: u32 = 1;
+pub const FRAMES_SENT: u16 = 1;
 /// The user side has the memory of the stack, or needs none.
-pub const COPY_SENT: u32 = 2;
+pub const COPY_SENT: u16 = 2;
 /// The user side has frames that may be wrong, and the memory to do better if there was room for it.
-pub const DOUBTFUL_SENT: u32 = 4;
+pub const DOUBTFUL_SENT: u16 = 4;
 
 /// Unit that bytes are taken in where their variance is counted, lest that overflow.
 pub const VARIANCE_BYTES: u64 = 256;
@@ -69,18 +88,6 @@ pub struct Site {
     pub frees: u64,
     /// Bytes freed.
     pub freed_bytes: u64,
-    /// The stack's hash.
-    pub stack_hash: u64,
-    /// The process instance.
-    pub instance: u32,
-    /// What of the stack is with the user side: [`FRAMES_SENT`], [`COPY_SENT`],
-    /// [`DOUBTFUL_SENT`].
-    pub stack_sent: u32,
-    /// What its blocks belong to, see [`crate::alloc_spec::Family`].
-    pub family: u32,
-    /// Of `former_frees`, those of blocks whose birth slice is that of
-    /// [`crate::recording::Recording::since_ns`], which younger blocks are also in. Wraps.
-    pub former_neighbour_frees: u32,
     /// Variances of sums over blocks that stand for others, 0 where none does: of the blocks allocated and
     /// of those that are live. A block of weight w adds w (w - 1) (Horvitz–Thompson).
     pub alloc_variance: u64,
@@ -90,6 +97,22 @@ pub struct Site {
     pub alloc_bytes_variance: u64,
     /// Of the bytes live, likewise.
     pub live_bytes_variance: u64,
+    /// The stack's hash.
+    pub stack_hash: u64,
+    /// The process instance.
+    pub instance: u32,
+    /// What of the stack is with the user side: [`FRAMES_SENT`], [`COPY_SENT`],
+    /// [`DOUBTFUL_SENT`].
+    pub stack_sent: u16,
+    /// Not 0 for a busy site, which has an element for every stripe of processors, as one that they all write to goes
+    /// from cache to cache at every event: from 1, which of the striped sites it is. What its stripes count adds up.
+    /// Not in a cache line that is written at every event.
+    pub striped: u16,
+    /// What its blocks belong to, see [`crate::alloc_spec::Family`].
+    pub family: u32,
+    /// Of `former_frees`, those of blocks whose birth slice is that of
+    /// [`crate::recording::Recording::since_ns`], which younger blocks are also in. Wraps.
+    pub former_neighbour_frees: u32,
     /// Blocks whose free was not seen: their address was allocated again.
     pub missed_frees: u64,
     /// Of `frees`, those seen of blocks born before the window that was open ([`crate::recording::Recording::opened_ns`]).
@@ -114,15 +137,16 @@ impl Default for Site {
             alloc_bytes: 0,
             frees: 0,
             freed_bytes: 0,
-            stack_hash: 0,
-            instance: 0,
-            stack_sent: 0,
-            family: 0,
-            former_neighbour_frees: 0,
             alloc_variance: 0,
             live_variance: 0,
             alloc_bytes_variance: 0,
             live_bytes_variance: 0,
+            stack_hash: 0,
+            instance: 0,
+            stack_sent: 0,
+            striped: 0,
+            family: 0,
+            former_neighbour_frees: 0,
             missed_frees: 0,
             old_frees: 0,
             reused: 0,
@@ -134,7 +158,74 @@ impl Default for Site {
     }
 }
 
+impl Site {
+    /// A striped site with what its stripes counted. They were read one after the other while blocks came and went,
+    /// so that a block may be gone from one that was not yet seen to come in another.
+    #[must_use]
+    pub fn with_stripes(mut self, stripes: impl IntoIterator<Item = Self>) -> Self {
+        for stripe in stripes {
+            for (all, counted) in self.counters_mut().into_iter().zip(stripe.counters()) {
+                *all = all.wrapping_add(counted);
+            }
+            self.former_neighbour_frees = self
+                .former_neighbour_frees
+                .wrapping_add(stripe.former_neighbour_frees);
+            for (all, counted) in self.lifetimes.iter_mut().zip(stripe.lifetimes) {
+                *all = all.wrapping_add(counted);
+            }
+            for (all, counted) in self.births.iter_mut().zip(stripe.births) {
+                *all = all.wrapping_add(counted);
+            }
+        }
+        for live in &mut self.births {
+            *live = live.cast_signed().max(0).cast_unsigned();
+        }
+        for live in [&mut self.live_variance, &mut self.live_bytes_variance] {
+            *live = live.cast_signed().max(0).cast_unsigned();
+        }
+        self
+    }
+
+    const fn counters(&self) -> [u64; 13] {
+        [
+            self.allocs,
+            self.alloc_bytes,
+            self.frees,
+            self.freed_bytes,
+            self.alloc_variance,
+            self.live_variance,
+            self.alloc_bytes_variance,
+            self.live_bytes_variance,
+            self.missed_frees,
+            self.old_frees,
+            self.reused,
+            self.former_frees,
+            self.former_freed_bytes,
+        ]
+    }
+
+    const fn counters_mut(&mut self) -> [&mut u64; 13] {
+        [
+            &mut self.allocs,
+            &mut self.alloc_bytes,
+            &mut self.frees,
+            &mut self.freed_bytes,
+            &mut self.alloc_variance,
+            &mut self.live_variance,
+            &mut self.alloc_bytes_variance,
+            &mut self.live_bytes_variance,
+            &mut self.missed_frees,
+            &mut self.old_frees,
+            &mut self.reused,
+            &mut self.former_frees,
+            &mut self.former_freed_bytes,
+        ]
+    }
+}
+
 const _: () = {
+    // The eight counters that go first, what is written once, and five that most sessions never write.
+    assert!(core::mem::offset_of!(Site, stack_hash) == 64);
     assert!(size_of::<Site>() == 128 + LIFETIME_SLOTS * 8 + BIRTH_SLICES * 4);
     assert!(size_of::<Site>().is_multiple_of(8));
 };
@@ -174,5 +265,46 @@ mod tests {
         for size_bytes in [0, 1, 1 << 20, 1 << 40] {
             assert_eq!(variances(size_bytes, 1), (0, 0));
         }
+    }
+
+    #[test]
+    fn what_stripes_count_adds_up() {
+        let of = |counted: u64, born: u32| {
+            let mut site = Site {
+                former_neighbour_frees: born,
+                lifetimes: [counted; LIFETIME_SLOTS],
+                births: [born; BIRTH_SLICES],
+                ..Site::default()
+            };
+            for counter in site.counters_mut() {
+                *counter = counted;
+            }
+            site
+        };
+        let site = Site {
+            stack_hash: 7,
+            striped: 1,
+            ..of(5, 5)
+        };
+        // Blocks that came elsewhere went here.
+        let all = site.with_stripes([of(10, 10), of(u64::MAX - 1, u32::MAX - 1)]);
+        assert_eq!(all.stack_hash, 7);
+        assert_eq!(all.counters(), [13; 13]);
+        assert_eq!(
+            (all.former_neighbour_frees, all.births),
+            (13, [13; BIRTH_SLICES])
+        );
+        assert_eq!(all.lifetimes, [13; LIFETIME_SLOTS]);
+        // And one that was seen to go was not yet seen to come.
+        let torn = site.with_stripes([of(u64::MAX - 5, u32::MAX - 5)]);
+        assert_eq!((torn.births[0], torn.live_variance), (0, 0));
+    }
+
+    #[test]
+    fn every_stripe_has_an_element_of_its_own_behind_the_sites() {
+        let mask = 7;
+        let elements = (1..=MAX_STRIPED)
+            .flat_map(|striped| (1..=mask).map(move |cpu| stripe(1000, mask, striped, cpu)));
+        assert!(elements.eq(1000..1000 + stripe_elements(mask)));
     }
 }

@@ -5,7 +5,8 @@ use core::ffi::c_void;
 use aya_ebpf::{
     bindings::{BPF_NOEXIST, pt_regs},
     helpers::generated::{
-        bpf_get_current_pid_tgid, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_ringbuf_output,
+        bpf_get_current_pid_tgid, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns,
+        bpf_ringbuf_output,
     },
 };
 use tracer_common::{
@@ -17,7 +18,9 @@ use tracer_common::{
     ledger::{Block, BlockKey, Scope, family_of, instance_of, scope},
     missed::Missed,
     recording::Recording,
-    site::{COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved, variances},
+    site::{
+        COPY_SENT, DOUBTFUL_SENT, FRAMES_SENT, Site, SiteKey, first_reserved, stripe, variances,
+    },
 };
 
 use crate::{
@@ -36,6 +39,23 @@ const EEXIST: i32 = -17;
 fn opaque(value: usize) -> usize {
     // SAFETY: a local.
     unsafe { (&raw const value).read_volatile() }
+}
+
+/// Where a site counts what happens on this processor.
+#[inline(always)]
+fn counters(id: u32) -> Option<*mut Site> {
+    let site = SITES.get_ptr_mut(id)?;
+    // SAFETY: a field of a live map element.
+    let striped = unsafe { (&raw const (*site).striped).read_volatile() };
+    if striped == 0 {
+        return Some(site);
+    }
+    let mask = config!(stripe_mask);
+    // SAFETY: no argument.
+    match unsafe { bpf_get_smp_processor_id() } & mask {
+        0 => Some(site),
+        processor => SITES.get_ptr_mut(stripe(config!(max_sites), mask, striped, processor)),
+    }
 }
 
 /// Takes a block out of the ledger, if it is there. Gives whether it was. The counters stay as they are: a
@@ -59,7 +79,7 @@ pub(crate) fn put_back(state: &Instance, scope: Scope, address: u64, block: &Blo
             (newer, other) = (other, newer);
         }
         if let Some(recording) = recording::current()
-            && let Some(site) = SITES.get_ptr_mut(newer.site)
+            && let Some(site) = counters(newer.site)
         {
             replace(state, recording, site, newer.site, &other);
         }
@@ -71,7 +91,7 @@ pub(crate) fn put_back(state: &Instance, scope: Scope, address: u64, block: &Blo
 /// Books the end of a block that [`take`] gave.
 #[inline(always)]
 pub(crate) fn count_free(state: &Instance, recording: &Recording, block: &Block) {
-    let Some(site) = SITES.get_ptr_mut(block.site) else {
+    let Some(site) = counters(block.site) else {
         missed::count(Missed::MapErrors);
         return;
     };
@@ -205,7 +225,7 @@ pub(crate) fn record(
     };
     let weight = weight.wrapping_mul(weight_of_many);
     let site_id = site_of(regs, state, scope);
-    let Some(site) = SITES.get_ptr_mut(site_id) else {
+    let Some(site) = counters(site_id) else {
         missed::count(Missed::MapErrors);
         return;
     };
@@ -252,7 +272,7 @@ pub(crate) fn record(
 pub(crate) fn notice_reuse(state: &Instance, recording: &Recording, scope: Scope, address: u64) {
     let mut before = no_block();
     if take(scope, address, &mut before)
-        && let Some(site) = SITES.get_ptr_mut(before.site)
+        && let Some(site) = counters(before.site)
     {
         replace(state, recording, site, before.site, &before);
     }
@@ -264,7 +284,7 @@ pub(crate) fn notice_reuse(state: &Instance, recording: &Recording, scope: Scope
 #[inline(always)]
 fn replace(state: &Instance, recording: &Recording, site: *mut Site, site_id: u32, before: &Block) {
     if recording::is_old(recording, before.birth_ns) {
-        if let Some(site_before) = SITES.get_ptr_mut(before.site) {
+        if let Some(site_before) = counters(before.site) {
             // SAFETY: live map element.
             unsafe {
                 let reused = &raw mut (*site_before).reused;
@@ -277,7 +297,7 @@ fn replace(state: &Instance, recording: &Recording, site: *mut Site, site_id: u3
     missed::count(Missed::MissedFrees);
     // SAFETY: field address of a live map element.
     unsafe { add_u64(&raw mut (*site).missed_frees, 1) };
-    if let Some(site_before) = SITES.get_ptr_mut(before.site) {
+    if let Some(site_before) = counters(before.site) {
         // SAFETY: live map element.
         unsafe {
             if before.site != site_id {
@@ -355,7 +375,7 @@ fn hand_over(
     instance: u32,
     id: u32,
 ) -> bool {
-    const ALL: u32 = FRAMES_SENT | COPY_SENT;
+    const ALL: u16 = FRAMES_SENT | COPY_SENT;
     let Some(site) = SITES.get_ptr_mut(id) else {
         return false;
     };

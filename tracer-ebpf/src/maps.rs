@@ -72,7 +72,7 @@ pub(crate) static CONFIG: Global<Config> = Global::new(Config {
     return_instance_next: 0,
     mm_brk: 0,
     ledger_buckets: 0,
-    padding: 0,
+    stripe_mask: 0,
     starts: Starts::NONE,
 });
 
@@ -104,7 +104,7 @@ pub(crate) static OLD_BLOCKS: HashMap<BlockKey, Block> =
 pub(crate) static SITE_IDS: HashMap<SiteKey, u32> =
     HashMap::with_max_entries(1 << 14, BPF_F_NO_PREALLOC);
 
-/// Site counters by id.
+/// Site counters by id; behind them the stripes of busy sites.
 #[map]
 pub(crate) static SITES: Array<Site> = Array::with_max_entries(1 << 14, BPF_F_MMAPABLE);
 

@@ -8,6 +8,7 @@ pub mod maps;
 mod recording;
 mod sites;
 pub mod statistics;
+mod stripes;
 mod sys;
 pub mod tables;
 pub mod tracer;

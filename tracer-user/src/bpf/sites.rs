@@ -70,11 +70,12 @@ impl Tracer {
         for id in self.site_ids() {
             let site = self.sites.pointer(id as usize);
             // SAFETY: a live element of the mapping.
-            let (instance, family, stack_hash) = unsafe {
+            let (instance, family, stack_hash, striped) = unsafe {
                 (
                     (&raw const (*site).instance).read_volatile(),
                     (&raw const (*site).family).read_volatile() as Family,
                     (&raw const (*site).stack_hash).read_volatile(),
+                    (&raw const (*site).striped).read_volatile(),
                 )
             };
             if !instances.contains(&instance) {
@@ -88,6 +89,7 @@ impl Tracer {
             remove(&mut self.ids_by_stack()?, &key).context("failed to free a site")?;
             // SAFETY: no thread of the instance is left that could use it, and nobody has its id.
             unsafe { site.write_bytes(0, 1) };
+            self.stripes.give_back(&self.sites, striped);
             let queue = match id < first_reserved(self.max_sites) {
                 true => "FREE_SITES",
                 false => "RESERVED_SITES",
@@ -107,10 +109,31 @@ impl Tracer {
         (0..used).chain(reserved..self.max_sites)
     }
 
-    /// Counters of a site.
+    /// Counters of a site, of all processors together.
     #[must_use]
     pub fn site(&self, id: u32) -> Site {
-        self.sites.read(id as usize)
+        let site = self.sites.read(id as usize);
+        match site.striped {
+            0 => site,
+            striped => {
+                let stripes = self.stripes.of(striped);
+                site.with_stripes(stripes.map(|element| self.sites.read(element)))
+            }
+        }
+    }
+
+    /// One counter of a site, of all processors together.
+    fn counter(&self, id: u32, field: fn(*const Site) -> *const u64) -> u64 {
+        let site = self.sites.pointer(id as usize);
+        // SAFETY: fields of live elements of the mapping, which programs add to.
+        unsafe {
+            let stripes = self
+                .stripes
+                .of((&raw const (*site).striped).read_volatile());
+            stripes
+                .map(|element| field(self.sites.pointer(element)).read_volatile())
+                .fold(field(site).read_volatile(), u64::wrapping_add)
+        }
     }
 
     /// Whether a site has allocated anything: most of a site's kilobyte need not be read else.
@@ -124,14 +147,7 @@ impl Tracer {
     /// Blocks and bytes that a site has allocated.
     #[must_use]
     pub fn allocated(&self, id: u32) -> (u64, u64) {
-        let site = self.sites.pointer(id as usize);
-        // SAFETY: fields of a live element of the mapping.
-        unsafe {
-            (
-                (&raw const (*site).allocs).read_volatile(),
-                (&raw const (*site).alloc_bytes).read_volatile(),
-            )
-        }
+        (self.counter(id, allocs), self.counter(id, alloc_bytes))
     }
 
     /// A site's instance; 0 for one that is not used.
@@ -147,21 +163,38 @@ impl Tracer {
     #[must_use]
     pub fn live_bytes(&self, id: u32) -> (u32, u64) {
         let site = self.sites.pointer(id as usize);
-        // SAFETY: fields of a live element of the mapping, which programs add to.
-        let (instance, family, allocated, freed) = unsafe {
+        // SAFETY: fields of a live element of the mapping.
+        let (instance, family) = unsafe {
             (
                 (&raw const (*site).instance).read_volatile(),
                 (&raw const (*site).family).read_volatile(),
-                (&raw const (*site).alloc_bytes).read_volatile(),
-                (&raw const (*site).freed_bytes).read_volatile(),
             )
         };
         let live_bytes = match family == u32::from(HEAP) {
-            true => allocated.saturating_sub(freed),
+            true => {
+                // First what came: what goes meanwhile makes it less, and never more than it was.
+                let allocated = self.counter(id, alloc_bytes);
+                allocated.saturating_sub(self.counter(id, freed_bytes))
+            }
             false => 0,
         };
         (instance, live_bytes)
     }
+}
+
+fn allocs(site: *const Site) -> *const u64 {
+    // SAFETY: whoever has the address of a site has that of its field.
+    unsafe { &raw const (*site).allocs }
+}
+
+fn alloc_bytes(site: *const Site) -> *const u64 {
+    // SAFETY: as above.
+    unsafe { &raw const (*site).alloc_bytes }
+}
+
+fn freed_bytes(site: *const Site) -> *const u64 {
+    // SAFETY: as above.
+    unsafe { &raw const (*site).freed_bytes }
 }
 
 /// Gives the reserved sites their ids.

@@ -22,7 +22,7 @@ use tracer_common::{
     missed::Missed,
     recording::Recording,
     sampling::{MAX_RATES, Rate},
-    site::{Site, first_reserved},
+    site::{Site, first_reserved, stripe_elements},
     unwind::Segment,
 };
 
@@ -34,6 +34,7 @@ use super::{
     maps::MappedArray,
     recording,
     sites::number_reserved_sites,
+    stripes::{self, Stripes},
     tables::{CHUNK_BYTES, UnwindMaps},
 };
 
@@ -97,7 +98,8 @@ impl Limits {
     #[must_use]
     pub const fn kernel_bytes(&self) -> u64 {
         Rooms::of(self.max_live_blocks).bytes()
-            + self.max_sites as u64 * size_of::<Site>() as u64
+            + (self.max_sites + stripe_elements(stripes::MAX_STRIPES - 1)) as u64
+                * size_of::<Site>() as u64
             + self.unwind_bytes
             + SEGMENTS as u64 * size_of::<Segment>() as u64
     }
@@ -142,6 +144,7 @@ pub struct Tracer {
     /// The younger live blocks.
     pub(super) buckets: MappedArray<Bucket>,
     pub(super) sites: MappedArray<Site>,
+    pub(super) stripes: Stripes,
     /// One element: how many sites were handed out.
     pub(super) site_count: MappedArray<u64>,
     /// One element: how much is recorded.
@@ -165,6 +168,8 @@ impl Tracer {
             return Err(no_memory(&limits));
         }
         let rooms = Rooms::of(limits.max_live_blocks);
+        let stripe_mask = stripes::mask();
+        let site_elements = limits.max_sites + stripe_elements(stripe_mask);
         let mut config = Config {
             min_size_bytes: limits.min_size_bytes,
             max_size_bytes: limits.max_size_bytes,
@@ -180,6 +185,7 @@ impl Tracer {
             starts: limits.starts,
             families: u32::from(limits.families),
             ledger_buckets: rooms.buckets,
+            stripe_mask,
             ..Config::default()
         };
         let functions = kernel_types::read(&mut config)?;
@@ -195,7 +201,7 @@ impl Tracer {
             .override_global("AYA_LOG_LEVEL", &log_level, true)
             .map_max_entries("BUCKETS", rooms.buckets)
             .map_max_entries("OLD_BLOCKS", rooms.others)
-            .map_max_entries("SITES", limits.max_sites)
+            .map_max_entries("SITES", site_elements)
             .map_max_entries("SITE_IDS", limits.max_sites)
             .map_max_entries("FREE_SITES", limits.max_sites)
             .map_max_entries("RESERVED_SITES", reserved)
@@ -227,7 +233,7 @@ impl Tracer {
         };
         let instances = MappedArray::new(data(&ebpf, "INSTANCES")?, MAX_INSTANCES as usize)
             .context("failed to map the instances")?;
-        let sites = MappedArray::new(data(&ebpf, "SITES")?, limits.max_sites as usize)
+        let sites = MappedArray::new(data(&ebpf, "SITES")?, site_elements as usize)
             .context("failed to map the sites")?;
         let buckets = MappedArray::new(data(&ebpf, "BUCKETS")?, rooms.buckets as usize)
             .context("failed to map the ledger")?;
@@ -250,6 +256,7 @@ impl Tracer {
             instances,
             buckets,
             sites,
+            stripes: Stripes::new(limits.max_sites, stripe_mask),
             site_count,
             recording,
             rates_by_number: rates,

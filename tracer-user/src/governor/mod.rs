@@ -96,7 +96,7 @@ pub struct Budget {
     /// Of the processor time that the targets take themselves, from 0 to 1.
     pub share: f64,
     /// In any case, in processor time a second: a process that does next to nothing has next to no budget, and
-    /// nobody feels it.
+    /// nobody feels it. It may be taken at once: a moment's share of so little time says nothing.
     pub spare: f64,
     /// Likewise, a target and its tracing together: who leaves a processor idle nearly all the time does not feel it
     /// either, and its leaks may be so slow that windows see too few of them.
@@ -285,7 +285,10 @@ impl Governor {
         let [now, second] = [now, second].map(|span| Usage::of(&span, &self.costs, self.gear));
         self.load = second.load;
         let allowed = self.allowed(second.cores);
-        if now.overhead > FAR_TOO_MUCH * self.allowed(now.cores) || second.overhead > allowed {
+        let is_felt = second.cost_ns > self.budget.spare * AVERAGED_NS as f64;
+        let is_too_much =
+            second.overhead > allowed || now.overhead > FAR_TOO_MUCH * self.allowed(now.cores);
+        if is_felt && is_too_much {
             let seen = now.overhead.max(second.overhead);
             let reason = format!(
                 "{} took {} of the processor time that the target takes itself, more than {}",
@@ -530,6 +533,9 @@ const fn rank(gear: Gear) -> u32 {
 #[derive(Clone, Copy, Debug)]
 struct Usage {
     load: Load,
+    /// Processor time that tracing took.
+    cost_ns: f64,
+    /// The same, as a share of what the target took itself.
     overhead: f64,
     /// Processor time a second that the target took itself.
     cores: f64,
@@ -543,6 +549,7 @@ impl Usage {
         let own_ns = span.own_cpu_ns(cost_ns);
         Self {
             load: Load::of(span, own_ns),
+            cost_ns,
             overhead: cost_ns / own_ns,
             cores: own_ns / 1e9 / span.span_s().max(1e-9),
             all_cores: span.cores(),

@@ -205,6 +205,27 @@ fn what_costs_little_is_recorded_exactly() {
 }
 
 #[test]
+fn a_moment_of_next_to_nothing_is_no_reason_to_leave_a_gear() {
+    // In the first 50 ms: three tenths of what the target took itself, be that 0.2 ms or 40.
+    let left = |own_ns: u64| {
+        let mut governor =
+            Governor::new(Budget::of(0.2), Costs::new(&PROBE, true), ALL, Gear::Exact);
+        governor.tick(Reading::default());
+        let entries =
+            (own_ns as f64 * 0.3 / (governor.costs.exact(Load::new(0.5, 0.5)) * 1e9)) as u64;
+        governor.tick(Reading {
+            at_ns: 50_000_000,
+            cpu_ns: own_ns * 13 / 10,
+            entries,
+            returns: entries / 2,
+            ..Reading::default()
+        })
+    };
+    assert_eq!(left(200_000), None);
+    assert!(left(40_000_000).is_some());
+}
+
+#[test]
 fn who_takes_a_tenth_of_a_processor_with_tracing_is_recorded_exactly() {
     // 3 µs each: 6 and 15 % of a processor.
     let mut target = Target::within(Budget::DEFAULT, ALL, 0.02, |_| 20e3 / 0.02);

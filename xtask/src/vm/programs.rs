@@ -325,6 +325,8 @@ fn cargo(verb: &str, dir: &Path) -> Command {
         // With an explicit target the flags do not reach build scripts and macros, which cannot be static.
         .env("CARGO_ENCODED_RUSTFLAGS", FLAGS)
         .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
+        // Half the time to compile; they are there for the kernels.
+        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
         .args([
             "--message-format",
             "json-render-diagnostics",
