@@ -311,7 +311,7 @@ fn replace(state: &Instance, recording: &Recording, site: *mut Site, site_id: u3
 /// Id of the site that the thread is at.
 #[inline(always)]
 pub(crate) fn site_of(regs: *const pt_regs, state: &Instance, scope: Scope) -> u32 {
-    let Some(stack) = Stack::begin(regs, state) else {
+    let Some(mut stack) = Stack::begin(regs, state) else {
         missed::count(Missed::ScratchBusy);
         return overflow_site(state, scope);
     };

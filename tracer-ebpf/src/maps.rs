@@ -22,7 +22,7 @@ use tracer_common::{
 use crate::{
     stack::Walk,
     thread::{self, Thread},
-    trail::{self, Trail},
+    trail::{self, Hints, Trail},
 };
 
 /// A constant of the session. Only this one is read: all of them are some ten nanoseconds.
@@ -165,6 +165,10 @@ pub(crate) static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(
 /// Trails of walks, see [`crate::trail`].
 #[map]
 pub(crate) static TRAILS: PerCpuArray<Trail> = PerCpuArray::with_max_entries(trail::KEPT, 0);
+
+/// How they are found (one element).
+#[map]
+pub(crate) static HINTS: PerCpuArray<Hints> = PerCpuArray::with_max_entries(1, 0);
 
 /// Walks that can be under way on one processor. Under a hypervisor that has little time for it, a
 /// preemptible kernel had eight threads in the middle of one.

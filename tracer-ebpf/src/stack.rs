@@ -23,9 +23,9 @@ use crate::{
     atomic::swap_u32,
     call::{self, Called},
     kernel,
-    maps::{COPIES, EVENTS, SCRATCH, SCRATCH_SLOTS, Scratch, WINDOW_WORDS, config},
+    maps::{COPIES, EVENTS, HINTS, SCRATCH, SCRATCH_SLOTS, Scratch, TRAILS, WINDOW_WORDS, config},
     pending,
-    trail::{Start, Trail},
+    trail::{Hints, Start, Trail},
     unwind::{self, Code, SegmentList},
 };
 
@@ -51,7 +51,11 @@ pub(crate) struct Stack {
     start: Start,
     /// Its trail, of which nothing is to be relied on unless it `has_trail`.
     trail: *mut Trail,
+    /// Those of the processor, likewise.
+    hints: *mut Hints,
     has_trail: bool,
+    /// Another walk began alike.
+    is_fork: bool,
 }
 
 impl Stack {
@@ -74,7 +78,8 @@ impl Stack {
             };
             (*scratch).walk.stack_start = start.stack_pointer;
             (*scratch).walk.window_bytes = 0;
-            let Some(trail) = start.trail() else {
+            // Found when it is asked for; an element in any case, of which the verifier knows.
+            let (Some(trail), Some(hints)) = (TRAILS.get_ptr_mut(0), HINTS.get_ptr_mut(0)) else {
                 give_back(scratch);
                 return None;
             };
@@ -82,22 +87,39 @@ impl Stack {
                 scratch,
                 start,
                 trail,
+                hints,
                 has_trail: is_first && !is_changing(state),
+                is_fork: false,
             })
         }
     }
 
     /// The site that the walk would lead to, if it is known to be one that was made before.
     #[inline(always)]
-    pub(crate) fn recall(&self, scope: Scope, state: &Instance) -> Option<u32> {
+    pub(crate) fn recall(&mut self, scope: Scope, state: &Instance) -> Option<u32> {
+        if !self.has_trail {
+            return None;
+        }
         // SAFETY: live map elements, and claimed by this walk.
         unsafe {
-            if !self.has_trail || !(*self.trail).begins(&self.start, scope, state) {
+            let (scratch, start) = (self.scratch, &self.start);
+            (*scratch).read_first((*self.hints).span_bytes(start));
+            self.trail =
+                (*self.hints).trail(start, &(*scratch).window, (*scratch).walk.window_bytes)?;
+            let trail = &*self.trail;
+            if !trail.begins(start, scope, state) {
                 return None;
             }
-            (*self.scratch).read_first((*self.trail).span_bytes());
-            ((*self.scratch).walk.window_bytes != 0 && (*self.trail).is_in(&(*self.scratch).window))
-                .then(|| (*self.trail).site())
+            if u64::from(trail.span_bytes()) > (*scratch).walk.window_bytes {
+                (*scratch).read_first(trail.span_bytes());
+            }
+            if (*scratch).walk.window_bytes >= u64::from(trail.span_bytes())
+                && trail.is_in(start, &(*scratch).window)
+            {
+                return Some(trail.site());
+            }
+            self.is_fork = true;
+            None
         }
     }
 
@@ -169,6 +191,7 @@ impl Stack {
                 && (*self.scratch).event.end != StackEnd::Unreadable as u32
             {
                 (*self.trail).end(&self.start, scope, state, site);
+                (*self.hints).learn(&self.start, &*self.trail, self.is_fork);
             }
         }
     }
@@ -447,6 +470,8 @@ impl Scratch {
         let start = self.walk.stack_start;
         let bytes = unwind::unseen(u64::from(bytes)) as u32 & (2 * WINDOW_BYTES - 1);
         let window = &raw mut self.window;
+        // A read that fails leaves zeros.
+        self.walk.window_bytes = 0;
         if start & 7 == 0
             && bytes <= WINDOW_BYTES
             // SAFETY: the helper checks the source, and the destination has room for it.

@@ -4,13 +4,24 @@
 //! it reads. So where the same call is made again, which is most of the time, it is enough to compare
 //! these words with what they were: that takes a tenth of the time that the walk took, and the site is
 //! known with it.
+//!
+//! Many calls come through a function that allocates for others (`operator new`, `xmalloc`), at the same
+//! place of the stack again and again. Such a trail is found by its first words too: where these are is learned
+//! from the walks ([`Hints`]), word by word, as each says where the next one is. A hint that is wrong
+//! leads to no trail or to one whose words are not there, never to a wrong site.
 
 use tracer_common::{instance::Instance, ledger::Scope};
 
 use crate::maps::{TRAILS, WINDOW_WORDS};
 
 /// Trails that a processor keeps, a power of two.
-pub(crate) const KEPT: u32 = 256;
+pub(crate) const KEPT: u32 = 512;
+/// Words by which a trail is found where walks that begin alike go on differently.
+const LEVELS: usize = 12;
+/// In a hint: they do.
+const FORKED: u32 = 1 << 31;
+/// Hints that a processor keeps, a power of two.
+const HINTS: usize = 4096;
 /// Words that a trail can have: walks that go by more are made anew each time.
 const WORDS: usize = 48;
 
@@ -51,13 +62,91 @@ pub(crate) struct Start {
     pub(crate) segments: u64,
 }
 
-impl Start {
-    /// Where the trail of a walk that begins so is kept.
+/// What was learned of walks' first words, by a hash of what is known before each: in the lower half where it is, in
+/// words above the stack pointer, in the upper half how many words the whole walk reached over. 0 if nothing was.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Hints([u32; HINTS]);
+
+impl Hints {
     #[inline(always)]
-    pub(crate) fn trail(&self) -> Option<*mut Trail> {
-        let mixed = (self.instruction_pointer ^ self.stack_pointer << 20)
-            .wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        TRAILS.get_ptr_mut((mixed >> 40) as u32 & (KEPT - 1))
+    fn get(&self, key: u64) -> u32 {
+        self.0[Self::place(key)]
+    }
+
+    #[inline(always)]
+    fn place(key: u64) -> usize {
+        (key >> 40) as usize & (HINTS - 1)
+    }
+
+    /// Bytes of the stack that a walk will go by.
+    #[inline(always)]
+    pub(crate) fn span_bytes(&self, start: &Start) -> u32 {
+        (self.get(start.key()) & !FORKED) >> 16 << 3
+    }
+
+    /// The trail of a walk that begins so, on a stack of which so many bytes were read.
+    #[inline(always)]
+    pub(crate) fn trail(
+        &self,
+        start: &Start,
+        stack: &[u64; WINDOW_WORDS],
+        read_bytes: u64,
+    ) -> Option<*mut Trail> {
+        let mut key = start.key();
+        let levels = if self.get(key) & FORKED == 0 {
+            0
+        } else {
+            LEVELS
+        };
+        for _ in 0..levels {
+            let hint = self.get(key);
+            if hint == 0 {
+                break;
+            }
+            let place = u64::from(hint & 0xffff);
+            let word = if place < read_bytes >> 3 {
+                stack[place as usize & (WINDOW_WORDS - 1)]
+            } else {
+                0
+            };
+            key = mix(key, word);
+        }
+        TRAILS.get_ptr_mut((key >> 40) as u32 & (KEPT - 1))
+    }
+
+    /// Learns from a trail, and that there are others which begin alike.
+    #[inline(always)]
+    pub(crate) fn learn(&mut self, start: &Start, trail: &Trail, is_fork: bool) {
+        let mut key = start.key();
+        let forked = if is_fork {
+            FORKED
+        } else {
+            self.get(key) & FORKED
+        };
+        for level in 0..LEVELS {
+            if level >= trail.words as usize {
+                break;
+            }
+            let span_words = trail.span_bytes >> 3;
+            self.0[Self::place(key)] = u32::from(trail.places[level]) | span_words << 16 | forked;
+            key = mix(key, trail.values[level]);
+        }
+    }
+}
+
+#[inline(always)]
+fn mix(key: u64, word: u64) -> u64 {
+    /// The golden ratio's (multiplicative hashing).
+    const MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
+    let mixed = (key ^ word).wrapping_mul(MULTIPLIER);
+    mixed ^ mixed >> 29
+}
+
+impl Start {
+    #[inline(always)]
+    fn key(&self) -> u64 {
+        mix(self.instruction_pointer, self.stack_pointer << 20)
     }
 }
 
@@ -69,7 +158,6 @@ impl Trail {
             && self.segments != 0
             && self.instruction_pointer == start.instruction_pointer
             && self.stack_pointer == start.stack_pointer
-            && (self.uses_frame_pointer == 0 || self.frame_pointer == start.frame_pointer)
             && self.scope == scope
             && self.generation == state.generation
     }
@@ -80,11 +168,16 @@ impl Trail {
         self.span_bytes
     }
 
-    /// Whether its words are what the stack has, which was read from the stack pointer on.
+    /// Whether a walk that [begins](Self::begins) so is the one that this is the trail of: its words are what the stack has,
+    /// which was read from the stack pointer on.
     #[inline(always)]
-    pub(crate) fn is_in(&self, stack: &[u64; WINDOW_WORDS]) -> bool {
+    pub(crate) fn is_in(&self, start: &Start, stack: &[u64; WINDOW_WORDS]) -> bool {
         let words = self.words as usize;
-        let mut difference = 0;
+        let mut difference = if self.uses_frame_pointer == 0 {
+            0
+        } else {
+            self.frame_pointer ^ start.frame_pointer
+        };
         // No branch in it but the end, lest the verifier follow each way.
         for index in 0..WORDS {
             if index >= words {
