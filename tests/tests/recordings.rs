@@ -239,7 +239,7 @@ fn what_is_no_whole_recording_is_refused_in_a_line() {
             write("text", b"what is this? it is no database at all"),
             "is no recording",
         ),
-        (write("empty", b""), "is no recording"),
+        (write("empty", b""), "is empty"),
         (write("foreign", &foreign), "another program's"),
         (write("later", &later), "a later unfreed"),
         (write("half", &bytes[..bytes.len() / 2]), "damaged"),

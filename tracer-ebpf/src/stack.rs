@@ -25,7 +25,7 @@ use crate::{
     kernel,
     maps::{COPIES, EVENTS, HINTS, SCRATCH, SCRATCH_SLOTS, Scratch, TRAILS, WINDOW_WORDS, config},
     pending,
-    trail::{Hints, Start, Trail},
+    trail::{Start, Trail},
     unwind::{self, Code, SegmentList},
 };
 
@@ -49,10 +49,8 @@ const STACK_COPY_BURST: u64 = 200;
 pub(crate) struct Stack {
     scratch: *mut Scratch,
     start: Start,
-    /// Its trail, of which nothing is to be relied on unless it `has_trail`.
+    /// Its trail once it was [looked for](Self::recall), if it `has_trail`; else any.
     trail: *mut Trail,
-    /// Those of the processor, likewise.
-    hints: *mut Hints,
     has_trail: bool,
     /// Another walk began alike.
     is_fork: bool,
@@ -78,8 +76,8 @@ impl Stack {
             };
             (*scratch).walk.stack_start = start.stack_pointer;
             (*scratch).walk.window_bytes = 0;
-            // Found when it is asked for; an element in any case, of which the verifier knows.
-            let (Some(trail), Some(hints)) = (TRAILS.get_ptr_mut(0), HINTS.get_ptr_mut(0)) else {
+            // Which one is found out when it is asked for; an element in any case, of which the verifier knows.
+            let Some(trail) = TRAILS.get_ptr_mut(0) else {
                 give_back(scratch);
                 return None;
             };
@@ -87,7 +85,6 @@ impl Stack {
                 scratch,
                 start,
                 trail,
-                hints,
                 has_trail: is_first && !is_changing(state),
                 is_fork: false,
             })
@@ -103,9 +100,9 @@ impl Stack {
         // SAFETY: live map elements, and claimed by this walk.
         unsafe {
             let (scratch, start) = (self.scratch, &self.start);
-            (*scratch).read_first((*self.hints).span_bytes(start));
-            self.trail =
-                (*self.hints).trail(start, &(*scratch).window, (*scratch).walk.window_bytes)?;
+            let hints = HINTS.get_ptr(0)?;
+            (*scratch).read_first((*hints).span_bytes(start));
+            self.trail = (*hints).trail(start, &(*scratch).window, (*scratch).walk.window_bytes)?;
             let trail = &*self.trail;
             if !trail.begins(start, scope, state) {
                 return None;
@@ -191,7 +188,9 @@ impl Stack {
                 && (*self.scratch).event.end != StackEnd::Unreadable as u32
             {
                 (*self.trail).end(&self.start, scope, state, site);
-                (*self.hints).learn(&self.start, &*self.trail, self.is_fork);
+                if let Some(hints) = HINTS.get_ptr_mut(0) {
+                    (*hints).learn(&self.start, &*self.trail, self.is_fork);
+                }
             }
         }
     }

@@ -47,7 +47,8 @@ pub(crate) struct Trail {
     span_bytes: u32,
     /// Not 0 if the register mattered.
     uses_frame_pointer: u32,
-    padding: u32,
+    /// Not 0 if the walk went by something else too.
+    is_given_up: u32,
     values: [u64; WORDS],
     /// Where the words are, in words above the stack pointer.
     places: [u16; WORDS],
@@ -71,11 +72,11 @@ pub(crate) struct Hints([u32; HINTS]);
 impl Hints {
     #[inline(always)]
     fn get(&self, key: u64) -> u32 {
-        self.0[Self::place(key)]
+        self.0[Self::index(key)]
     }
 
     #[inline(always)]
-    fn place(key: u64) -> usize {
+    fn index(key: u64) -> usize {
         (key >> 40) as usize & (HINTS - 1)
     }
 
@@ -129,7 +130,7 @@ impl Hints {
                 break;
             }
             let span_words = trail.span_bytes >> 3;
-            self.0[Self::place(key)] = u32::from(trail.places[level]) | span_words << 16 | forked;
+            self.0[Self::index(key)] = u32::from(trail.places[level]) | span_words << 16 | forked;
             key = mix(key, trail.values[level]);
         }
     }
@@ -200,6 +201,7 @@ impl Trail {
     pub(crate) fn begin(&mut self) {
         self.segments = 0;
         self.uses_frame_pointer = 0;
+        self.is_given_up = 0;
         self.span_bytes = 0;
         self.words = 0;
     }
@@ -230,13 +232,13 @@ impl Trail {
     /// The walk went by something else.
     #[inline(always)]
     pub(crate) fn give_up(&mut self) {
-        self.words = u32::MAX;
+        self.is_given_up = 1;
     }
 
     /// The walk is over, and found a site.
     #[inline(always)]
     pub(crate) fn end(&mut self, start: &Start, scope: Scope, state: &Instance, site: u32) {
-        if self.words as usize > WORDS {
+        if self.is_given_up != 0 {
             return;
         }
         self.scope = scope;

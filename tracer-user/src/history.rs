@@ -137,6 +137,18 @@ impl Tally {
         since
     }
 
+    /// Whether blocks were recorded since then that stand for others.
+    fn is_sampled_since(&self, then: Option<&Self>) -> bool {
+        self.alloc_variance > then.map_or(0, |then| then.alloc_variance)
+    }
+
+    /// How many of its blocks were recorded, about: some of them may stand for others.
+    #[must_use]
+    pub fn recorded_blocks(&self) -> f64 {
+        let allocs = self.allocs as f64;
+        allocs * allocs / (allocs + self.alloc_variance as f64).max(1.0)
+    }
+
     /// What was counted after a time, frees of blocks born before included.
     fn after(&self, then: &Self, since_ns: u64) -> Self {
         let mut births = self.births.clone();
@@ -367,6 +379,8 @@ pub struct History {
     since_ns: u64,
     /// What sites had counted by then.
     before: HashMap<SiteId, Tally>,
+    /// Whether blocks that were recorded since stand for others that were not.
+    is_sampled: bool,
     /// Whether there was a mark since: frees that were counted apart are of blocks born before that, perhaps since
     /// this began.
     is_crossed: bool,
@@ -382,6 +396,7 @@ impl Default for History {
             bytes: 0,
             since_ns: 0,
             before: HashMap::new(),
+            is_sampled: false,
             is_crossed: false,
         }
     }
@@ -498,11 +513,16 @@ impl History {
             .max(since_ns);
         let mut before = HashMap::new();
         let mut sites = HashMap::new();
+        let mut is_sampled = false;
         for (id, looks) in kept.sites {
             if let Some(look) = before_of(&looks, since_ns) {
                 before.insert(id, look.seen.tally());
             }
-            sites.insert(id, within(looks, since_ns, last_ns));
+            let looks = within(looks, since_ns, last_ns);
+            if let Some(last) = looks.all().last() {
+                is_sampled |= last.seen.tally().is_sampled_since(before.get(&id));
+            }
+            sites.insert(id, looks);
         }
         let is_within = |mark: &i64| {
             u64::try_from(*mark).is_ok_and(|at_ns| at_ns > since_ns && at_ns < last_ns)
@@ -514,6 +534,7 @@ impl History {
             last_ns,
             since_ns,
             before,
+            is_sampled,
             ..Self::default()
         }
     }
@@ -570,6 +591,7 @@ impl History {
             ..Changes::default()
         };
         for (id, tally) in sites {
+            self.is_sampled |= tally.is_sampled_since(self.before.get(id));
             let looks = self.sites.entry(*id).or_default();
             if let Some(change) = looks.push(at_ns, Packed::new(tally), self.fineness) {
                 changes.sites.insert(*id, change);
@@ -611,6 +633,7 @@ impl History {
             now_ns: self.last_ns,
             warmup_ns: judging.warmup_ns,
             unseen_calls: judging.unseen_calls,
+            is_sampled: self.is_sampled,
             begin_ns: self.since_ns,
             ran_before_ns: ran_before.as_nanos() as u64,
         })

@@ -89,7 +89,7 @@ impl Tracer {
             remove(&mut self.ids_by_stack()?, &key).context("failed to free a site")?;
             // SAFETY: no thread of the instance is left that could use it, and nobody has its id.
             unsafe { site.write_bytes(0, 1) };
-            self.stripes.give_back(&self.sites, striped);
+            self.stripes.give_back(&self.sites, id, striped);
             let queue = match id < first_reserved(self.max_sites) {
                 true => "FREE_SITES",
                 false => "RESERVED_SITES",
@@ -116,8 +116,15 @@ impl Tracer {
         match site.striped {
             0 => site,
             striped => {
+                // First what came: what goes meanwhile makes what is live less, and never more than it was.
+                let (allocs, alloc_bytes) = self.allocated(id);
+                let site = self.sites.read(id as usize);
                 let stripes = self.stripes.of(striped);
-                site.with_stripes(stripes.map(|element| self.sites.read(element)))
+                Site {
+                    allocs,
+                    alloc_bytes,
+                    ..site.with_stripes(stripes.map(|element| self.sites.read(element)))
+                }
             }
         }
     }
@@ -136,7 +143,8 @@ impl Tracer {
         }
     }
 
-    /// Whether a site has allocated anything: most of a site's kilobyte need not be read else.
+    /// Whether a site has allocated anything: most of a site's kilobyte need not be read else. What has stripes had
+    /// before it had them.
     #[must_use]
     pub fn has_allocated(&self, id: u32) -> bool {
         let site = self.sites.pointer(id as usize);

@@ -2,14 +2,20 @@
 
 use tracer_common::site::{MAX_STRIPED, Site, stripe};
 
-use super::{maps::MappedArray, tracer::Tracer};
+use super::{
+    maps::MappedArray,
+    tracer::{Tracer, monotonic_ns, processors},
+};
 
 /// More stripes than this are for none: each is an element more to read.
 pub(super) const MAX_STRIPES: u32 = 8;
 /// Blocks a second from which on a site is busy.
 const BUSY: f64 = 10_000.0;
 
-/// Who has stripes.
+/// What a site did in less time than this says little.
+const LEAST_NS: u64 = 200_000_000;
+
+/// Who has stripes: who asked first, until its process ends.
 #[derive(Debug)]
 pub(super) struct Stripes {
     max_sites: u32,
@@ -23,8 +29,7 @@ pub(super) struct Stripes {
 
 /// Processors are told apart by these bits of their number.
 pub(super) fn mask() -> u32 {
-    let processors = aya::util::nr_cpus().map_or(1, |count| count as u32);
-    processors.next_power_of_two().min(MAX_STRIPES) - 1
+    processors().next_power_of_two().min(MAX_STRIPES) - 1
 }
 
 impl Stripes {
@@ -37,7 +42,7 @@ impl Stripes {
                 _ => (1..=MAX_STRIPED).collect(),
             },
             allocs: vec![0; max_sites as usize],
-            looked_ns: 0,
+            looked_ns: monotonic_ns(),
         }
     }
 
@@ -50,8 +55,9 @@ impl Stripes {
         (1..=others).map(move |processor| stripe(max_sites, mask, striped, processor) as usize)
     }
 
-    /// A striped site is there no more.
-    pub(super) fn give_back(&mut self, sites: &MappedArray<Site>, striped: u16) {
+    /// A site is there no more.
+    pub(super) fn give_back(&mut self, sites: &MappedArray<Site>, id: u32, striped: u16) {
+        self.allocs[id as usize] = 0;
         for element in self.of(striped) {
             // SAFETY: a live element of the mapping, which nobody has now.
             unsafe { sites.pointer(element).write_bytes(0, 1) };
@@ -64,10 +70,13 @@ impl Stripes {
 
 impl Tracer {
     /// Gives stripes to sites that have become busy, as long as there are any.
-    pub fn stripe_busy_sites(&mut self, now_ns: u64) {
+    pub fn stripe_busy_sites(&mut self) {
+        let now_ns = monotonic_ns();
         let elapsed_ns = now_ns.saturating_sub(self.stripes.looked_ns);
+        if elapsed_ns < LEAST_NS {
+            return;
+        }
         let busy = (BUSY * elapsed_ns as f64 / 1e9) as u64;
-        let is_first = self.stripes.looked_ns == 0;
         self.stripes.looked_ns = now_ns;
         for id in self.site_ids() {
             let site = self.sites.pointer(id as usize);
@@ -79,11 +88,11 @@ impl Tracer {
                 )
             };
             let before = std::mem::replace(&mut self.stripes.allocs[id as usize], allocs);
-            if is_first || striped != 0 || allocs.saturating_sub(before) <= busy {
+            if striped != 0 || allocs.saturating_sub(before) <= busy {
                 continue;
             }
             let Some(number) = self.stripes.free.pop() else {
-                return;
+                continue;
             };
             // SAFETY: as above; programs only read it.
             unsafe { (&raw mut (*site).striped).write_volatile(number) };

@@ -96,10 +96,11 @@ impl Limits {
 
     /// Kernel memory that the ledger, the site table and the unwind tables take at most, in bytes.
     #[must_use]
-    pub const fn kernel_bytes(&self) -> u64 {
+    pub fn kernel_bytes(&self) -> u64 {
         Rooms::of(self.max_live_blocks).bytes()
             + (self.max_sites + stripe_elements(stripes::MAX_STRIPES - 1)) as u64
                 * size_of::<Site>() as u64
+            + u64::from(processors()) * PER_PROCESSOR_BYTES
             + self.unwind_bytes
             + SEGMENTS as u64 * size_of::<Segment>() as u64
     }
@@ -112,9 +113,17 @@ impl Limits {
     }
 
     /// Memory that a session takes in all, in bytes.
-    const fn total_bytes(&self) -> u64 {
+    fn total_bytes(&self) -> u64 {
         self.kernel_bytes() + OWN_BYTES
     }
+}
+
+/// Buffers for walks of stacks, and what is kept of walks.
+const PER_PROCESSOR_BYTES: u64 = 512 << 10;
+
+/// Processors that there may be.
+pub(super) fn processors() -> u32 {
+    aya::util::nr_cpus().map_or(1, |count| count as u32)
 }
 
 /// Pieces of code that all processes of a session can have.
@@ -479,22 +488,78 @@ mod tests {
 
     use super::*;
 
+    /// None without being root.
+    fn loaded(limits: Limits) -> Option<Tracer> {
+        match Tracer::load(limits, Allowed::All) {
+            Ok(tracer) => Some(tracer),
+            Err(error) if !nix::unistd::geteuid().is_root() => {
+                log::warn!("skipped: {error:#}");
+                None
+            }
+            Err(error) => panic!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn what_stripes_count_counts_for_their_site_until_it_is_gone() {
+        let Some(mut tracer) = loaded(Limits::LEAST) else {
+            return;
+        };
+        let instance = tracer.open_instance(1, 0).unwrap();
+        let id = tracer
+            .site_ids()
+            .find(|id| tracer.instance_of_site(*id) == instance)
+            .unwrap();
+        let add =
+            |tracer: &Tracer, element: usize, [allocs, alloc_bytes, freed_bytes]: [u64; 3]| {
+                let site = tracer.sites.pointer(element);
+                // SAFETY: a live element of the mapping that nobody else uses.
+                unsafe {
+                    (*site).allocs += allocs;
+                    (*site).alloc_bytes += alloc_bytes;
+                    (*site).freed_bytes += freed_bytes;
+                }
+            };
+        let wait = || std::thread::sleep(std::time::Duration::from_millis(250));
+        add(&tracer, id as usize, [100, 1000, 0]);
+        wait();
+        tracer.stripe_busy_sites();
+        assert_eq!(tracer.sites.read(id as usize).striped, 0, "it is not busy");
+        add(&tracer, id as usize, [1_000_000, 2000, 0]);
+        wait();
+        tracer.stripe_busy_sites();
+        let striped = tracer.sites.read(id as usize).striped;
+        let stripes: Vec<usize> = tracer.stripes.of(striped).collect();
+        // On one processor there are none.
+        assert_eq!(striped != 0, processors() > 1);
+        assert_eq!(stripes.len() as u32, stripes::mask());
+        for stripe in &stripes {
+            add(&tracer, *stripe, [1, 10, 100]);
+        }
+        let count = stripes.len() as u64;
+        let all = (1_000_100 + count, 3000 + 10 * count);
+        assert_eq!(tracer.allocated(id), all);
+        let site = tracer.site(id);
+        assert_eq!((site.allocs, site.alloc_bytes), all);
+        assert_eq!(site.freed_bytes, 100 * count);
+        assert_eq!(tracer.live_bytes(id), (instance, all.1 - 100 * count));
+        tracer.forget_process(1, instance).unwrap();
+        tracer.recycle(&HashSet::from([instance])).unwrap();
+        for element in stripes {
+            assert_eq!(tracer.sites.read(element).alloc_bytes, 0);
+        }
+        assert_eq!(tracer.site(id).allocs, 0);
+    }
+
     /// With as many families as there can be, what follows all of a thread's calls is a longer loop.
     #[test]
     fn programs_for_many_families_are_far_from_the_verifiers_limit() {
-        let limits = Limits {
+        let Some(mut tracer) = loaded(Limits {
             families: Family::MAX,
             max_sites: 1024,
             ..Limits::LEAST
-        };
-        let mut tracer = match Tracer::load(limits, Allowed::All) {
-            Ok(tracer) => tracer,
-            // Needs root.
-            Err(error) if !nix::unistd::geteuid().is_root() => {
-                log::warn!("skipped: {error:#}");
-                return;
-            }
-            Err(error) => panic!("{error:#}"),
+        }) else {
+            return;
         };
         for program in tracer.programs().unwrap() {
             let count = program.verified_instructions.unwrap_or(0);

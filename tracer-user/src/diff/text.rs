@@ -47,6 +47,14 @@ pub(super) fn write(diff: &Diff, limit: usize, to: &mut dyn Write) -> io::Result
             number(Change::Gone),
             number(Change::Same)
         )?;
+        let [new, gone] = [Change::New, Change::Gone].map(number);
+        if new > 0 && gone > 0 && new + gone == program.sites.len() {
+            writeln!(
+                to,
+                "  No site is in both: a site is a place in a binary, and those of another build are others.\n  \
+                 `unfreed report` of each tells what leaks there."
+            )?;
+        }
         for site in changed.iter().take(limit) {
             write_site(site, to)?;
         }
@@ -135,7 +143,13 @@ fn held(site: &SiteReport) -> String {
 fn rate(site: &SiteReport) -> String {
     match growth(site) {
         Some(growth) if growth.value > 0.0 => {
-            format!("leaks {}/min", bytes((growth.value * 60.0).round() as u64))
+            let verb = if site.verdict.is_leak() {
+                "leaks"
+            } else {
+                "grows"
+            };
+            let per_minute = bytes((growth.value * 60.0).round() as u64);
+            format!("{verb} {per_minute}/min")
         }
         _ => "does not grow".to_owned(),
     }

@@ -26,7 +26,7 @@ pub const FIRST_TICK: Duration = Duration::from_millis(50);
 
 /// Over how long the overhead is averaged before a gear is left.
 const AVERAGED_NS: u64 = 1_000_000_000;
-/// That many times the budget is too much at any tick.
+/// That many times the budget is too much at any tick in which it can be felt.
 const FAR_TOO_MUCH: f64 = 2.0;
 /// A gear is taken again if it would take less than this part of the budget.
 const RETURN_SHARE: f64 = 0.5;
@@ -285,11 +285,18 @@ impl Governor {
         let [now, second] = [now, second].map(|span| Usage::of(&span, &self.costs, self.gear));
         self.load = second.load;
         let allowed = self.allowed(second.cores);
+        // Who does what it has to do in bursts may be allowed more by what it does not do in between.
+        let allowed_now = self
+            .allowed(now.cores)
+            .max(allowed * second.cores / now.cores.max(1e-9));
         let is_felt = second.cost_ns > self.budget.spare * AVERAGED_NS as f64;
-        let is_too_much =
-            second.overhead > allowed || now.overhead > FAR_TOO_MUCH * self.allowed(now.cores);
-        if is_felt && is_too_much {
-            let seen = now.overhead.max(second.overhead);
+        let is_far_too_much = now.overhead > FAR_TOO_MUCH * allowed_now;
+        if is_felt && (is_far_too_much || second.overhead > allowed) {
+            let (seen, allowed) = if second.overhead > allowed {
+                (second.overhead, allowed)
+            } else {
+                (now.overhead, FAR_TOO_MUCH * allowed_now)
+            };
             let reason = format!(
                 "{} took {} of the processor time that the target takes itself, more than {}",
                 self.gear,

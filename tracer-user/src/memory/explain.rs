@@ -6,7 +6,7 @@ use super::{Course, Resident};
 use crate::report::units::{bytes, counted, duration};
 
 /// Less is not worth an explanation: a session itself makes a process touch some pages.
-const LEAST_BYTES: i64 = 1 << 20;
+pub(super) const LEAST_BYTES: i64 = 1 << 20;
 /// A part of the growth that is this part of it is a reason.
 const MOST_OF_IT: f64 = 0.5;
 

@@ -99,10 +99,14 @@ impl Watch {
         })
     }
 
-    /// How fast what only the process can give back grows, if it certainly does.
+    /// How fast what only the process can give back grows, if it certainly does, and has grown by more than what is
+    /// called hardly.
     #[must_use]
     pub fn growth(&self) -> Option<crate::growth::Growth> {
-        let growth = self.own.growth().filter(|_| self.own.may_grow());
+        let Course { begin, end } = self.course()?;
+        let more = end.own_bytes().saturating_sub(begin.own_bytes());
+        let has_grown = more.cast_signed() >= explain::LEAST_BYTES && self.own.may_grow();
+        let growth = self.own.growth().filter(|_| has_grown);
         growth.filter(crate::growth::Growth::is_certain)
     }
 }

@@ -93,6 +93,9 @@ impl Recording {
         let metadata =
             std::fs::metadata(path).with_context(|| format!("failed to open {shown}"))?;
         ensure!(metadata.is_file(), "{shown} is no file");
+        // SQLite does not say why a file cannot be opened.
+        std::fs::File::open(path).with_context(|| format!("failed to open {shown}"))?;
+        ensure!(metadata.len() > 0, "{shown} is empty");
         let db = connect(path).with_context(|| format!("failed to open {shown}"))?;
         let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
         let application = match pragma("application_id") {

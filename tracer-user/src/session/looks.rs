@@ -59,6 +59,7 @@ impl Session {
         }
         if self.looks.due <= now {
             self.drain();
+            self.tracer.stripe_busy_sites();
             self.look_at_memory(false, |_| true);
             self.look_at(|_| true);
             self.looks.next(now);

@@ -553,7 +553,6 @@ impl Session {
     pub fn tick(&mut self) -> anyhow::Result<()> {
         self.drain();
         self.own_use.look(self.names.helper_use());
-        self.tracer.stripe_busy_sites(monotonic_ns());
         let mut live: HashMap<u32, u64> = HashMap::new();
         for id in self.tracer.site_ids() {
             let (instance, live_bytes) = self.tracer.live_bytes(id);

@@ -125,6 +125,8 @@ pub struct Case<'a> {
     pub ran_before_ns: u64,
     /// Calls that were not seen, whoever made them.
     pub unseen_calls: u64,
+    /// Whether blocks that were recorded stand for others that were not.
+    pub is_sampled: bool,
 }
 
 /// Fewer blocks can be an accident.
@@ -164,7 +166,23 @@ pub fn judge(case: &Case<'_>) -> Judgement {
         growth: None,
     };
     if last.live_blocks() == 0 {
-        return found(Verdict::Steady, 1.0, format!("{allocated}: all of them"));
+        return match (case.is_sampled, last.recorded_blocks()) {
+            (false, _) => found(Verdict::Steady, 1.0, format!("{allocated}: all of them")),
+            (true, recorded) if recorded < LEAST_BLOCKS => found(
+                Verdict::InsufficientData,
+                0.0,
+                format!(
+                    "{allocated}, by {} that stand for others: too few to tell",
+                    counted(recorded.round() as u64, "block")
+                ),
+            ),
+            // One in so many that is not freed would have been among them nineteen times of twenty (the rule of three).
+            (true, recorded) => found(
+                Verdict::Steady,
+                1.0 - 3.0 / (recorded + 3.0),
+                format!("{allocated}: all of those that were sampled"),
+            ),
+        };
     }
     let samples = Samples::of(case);
     let table = LifeTable::of(case);

@@ -130,6 +130,7 @@ proptest! {
             warmup_ns: None,
             ran_before_ns,
             unseen_calls: missed / 2,
+            is_sampled: false,
         });
         prop_assert!(is_sound(&judgement), "{judgement:?}");
     }

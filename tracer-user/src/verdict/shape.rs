@@ -80,7 +80,11 @@ impl Samples {
                 |figure: fn(&Tally) -> u64| between(case.site, at_ns, |tally| figure(tally) as f64);
             Sample {
                 time_s: at_ns as f64 / 1e9,
-                work: between(case.work, at_ns, |work| work.allocs as f64),
+                // Of samples, what all sites allocated is known worse than the time.
+                work: match case.is_sampled {
+                    true => at_ns as f64 / 1e9,
+                    false => between(case.work, at_ns, |work| work.allocs as f64),
+                },
                 allocs: of(|tally| tally.allocs),
                 live_blocks: of(Tally::live_blocks),
                 live_bytes: of(Tally::live_bytes),

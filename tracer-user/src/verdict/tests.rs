@@ -119,6 +119,7 @@ fn judged_with(
         begin_ns: 0,
         ran_before_ns: 0,
         unseen_calls,
+        is_sampled: false,
     })
 }
 
@@ -328,10 +329,53 @@ fn a_few_samples_do_not_make_a_start_up() {
             begin_ns: 0,
             ran_before_ns: 0,
             unseen_calls: 0,
+            is_sampled: false,
         })
     };
     expect(&judged_by(1), Verdict::Startup);
     expect(&judged_by(64), Verdict::InsufficientData);
+}
+
+#[test]
+fn what_hardly_any_sample_was_taken_of_is_not_known_to_be_freed() {
+    let judged_by = |blocks: u64, is_sampled: bool| {
+        let weight = if is_sampled { 64 } else { 1 };
+        let site: Vec<Look<Tally>> = (1..=90)
+            .map(|second: u64| Look {
+                at_ns: second * 1_000_000_000,
+                until_ns: second * 1_000_000_000,
+                seen: Tally {
+                    allocs: blocks * weight,
+                    frees: blocks * weight,
+                    alloc_variance: blocks * weight * (weight - 1),
+                    ..Tally::default()
+                },
+            })
+            .collect();
+        judge(&Case {
+            site: &site,
+            work: &[],
+            now_ns: 90_000_000_000,
+            warmup_ns: None,
+            begin_ns: 0,
+            ran_before_ns: 0,
+            unseen_calls: 0,
+            is_sampled,
+        })
+    };
+    for blocks in [0, 3, 1000] {
+        let judgement = judged_by(blocks, false);
+        expect(&judgement, Verdict::Steady);
+        assert_eq!(judgement.confidence, 1.0);
+    }
+    for blocks in [0, 3] {
+        let judgement = judged_by(blocks, true);
+        expect(&judgement, Verdict::InsufficientData);
+        assert_eq!(judgement.confidence, 0.0);
+    }
+    let judgement = judged_by(97, true);
+    expect(&judgement, Verdict::Steady);
+    assert!((judgement.confidence - 0.97).abs() < 0.001, "{judgement:?}");
 }
 
 #[test]

@@ -121,7 +121,7 @@ pub enum Doubt {
 impl fmt::Display for Doubt {
     fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
         to.write_str(match self {
-            Self::TooEarly => "too early to tell: at least 8 windows and 60 seconds are needed",
+            Self::TooEarly => "too early to tell: its blocks have to be watched for 60 seconds, in at least 8 windows",
             Self::FewBlocks => "too few of its blocks outlived a window to tell",
             Self::NoDrain => "blocks in use when a window ends cannot be told from leaked ones",
             Self::DiesAtWindowEnd => "many of its blocks live about as long as a window: longer windows would tell",
