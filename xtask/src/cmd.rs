@@ -157,6 +157,28 @@ pub(crate) fn workspace() -> PathBuf {
     own.parent().map_or_else(|| own.clone(), Path::to_owned)
 }
 
+/// What cargo is to build for `unfreed`. The tests are named with it, as they want features of libraries that it does not,
+/// and all that depends on those would be compiled twice.
+pub(crate) const UNFREED: [&str; 6] = [
+    "-p",
+    "tracer-user",
+    "-p",
+    "unfreed-tests",
+    "--bin",
+    "unfreed",
+];
+
+/// Builds `unfreed` as users do.
+///
+/// # Errors
+///
+/// It does not build.
+pub(crate) fn build_unfreed() -> Result<()> {
+    run(cargo()
+        .args(["build", "--locked", "--release"])
+        .args(UNFREED))
+}
+
 /// Where the stable toolchain's builds go.
 ///
 /// # Errors

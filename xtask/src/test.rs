@@ -91,7 +91,7 @@ fn unit_tests(args: &Args) -> Result<()> {
 
 /// The tests run the `unfreed` that users would, so both are built for release.
 fn integration_tests(args: &Args) -> Result<()> {
-    cmd::run(cmd::cargo().args(["build", "--locked", "--release", "-p", "tracer-user"]))?;
+    cmd::build_unfreed()?;
     let mut command = cmd::cargo();
     command
         .args([

@@ -19,7 +19,7 @@ pub(super) fn build() -> Result<()> {
     if std::env::var_os(bench::OTHER).is_some() {
         return Ok(());
     }
-    cmd::run(cmd::cargo().args(["build", "--release", "-p", "tracer-user"]))
+    cmd::build_unfreed()
 }
 
 /// A session attached to processes for so long, whose report goes to a file.

@@ -194,7 +194,7 @@ fn expect_known(only: &[String], names: &[&str]) -> Result<()> {
 /// Builds what is measured, and gives the directory to work in.
 fn prepare() -> Result<PathBuf> {
     if std::env::var_os(OTHER).is_none() {
-        cmd::run(cmd::cargo().args(["build", "--release", "--package", "tracer-user"]))?;
+        cmd::build_unfreed()?;
     }
     let directory = cmd::target_dir()?.join("bench");
     std::fs::create_dir_all(&directory).context("failed to make a directory")?;

@@ -184,7 +184,7 @@ impl Programs {
     /// They do not build.
     pub(crate) fn build(dir: &Path) -> Result<Self> {
         let mut unfreed = cargo("build", dir);
-        unfreed.args(["-p", "tracer-user", "--bin", "unfreed"]);
+        unfreed.args(cmd::UNFREED);
         let mut tests = cargo("test", dir);
         tests.args(["--no-run", "-p", "unfreed-tests"]);
         let files: Vec<&'static str> = files().collect();
