@@ -11,7 +11,6 @@ use super::{
 pub(super) const MAX_STRIPES: u32 = 8;
 /// Blocks a second from which on a site is busy.
 const BUSY: f64 = 10_000.0;
-
 /// What a site did in less time than this says little.
 const LEAST_NS: u64 = 200_000_000;
 

@@ -303,33 +303,38 @@ fn a_start_up_to_which_little_was_added_says_so() {
     assert!(judgement.why.contains("all but 1 block "), "{judgement:?}");
 }
 
+/// Judges a site by a look in each of 90 seconds.
+fn judged_by_looks(is_sampled: bool, seen: impl Fn(u64) -> Tally) -> Judgement {
+    let site: Vec<Look<Tally>> = (1..=90)
+        .map(|second| Look {
+            at_ns: second * 1_000_000_000,
+            until_ns: second * 1_000_000_000,
+            seen: seen(second),
+        })
+        .collect();
+    judge(&Case {
+        site: &site,
+        work: &[],
+        now_ns: 90_000_000_000,
+        warmup_ns: None,
+        begin_ns: 0,
+        ran_before_ns: 0,
+        unseen_calls: 0,
+        is_sampled,
+    })
+}
+
 #[test]
 fn a_few_samples_do_not_make_a_start_up() {
     let judged_by = |weight: u64| {
-        let site: Vec<Look<Tally>> = (1..=90)
-            .map(|second: u64| Look {
-                at_ns: second * 1_000_000_000,
-                until_ns: second * 1_000_000_000,
-                seen: Tally {
-                    // Four samples in the first half minute.
-                    allocs: 64 * (second / 8 + 1).min(4),
-                    alloc_bytes: 6400 * (second / 8 + 1).min(4),
-                    live_bytes_variance: 4 * weight * (weight - 1) * 100 * 100
-                        / (VARIANCE_BYTES * VARIANCE_BYTES),
-                    births: vec![64; 4],
-                    ..Tally::default()
-                },
-            })
-            .collect();
-        judge(&Case {
-            site: &site,
-            work: &[],
-            now_ns: 90_000_000_000,
-            warmup_ns: None,
-            begin_ns: 0,
-            ran_before_ns: 0,
-            unseen_calls: 0,
-            is_sampled: false,
+        judged_by_looks(false, |second| Tally {
+            // Four samples in the first half minute.
+            allocs: 64 * (second / 8 + 1).min(4),
+            alloc_bytes: 6400 * (second / 8 + 1).min(4),
+            live_bytes_variance: 4 * weight * (weight - 1) * 100 * 100
+                / (VARIANCE_BYTES * VARIANCE_BYTES),
+            births: vec![64; 4],
+            ..Tally::default()
         })
     };
     expect(&judged_by(1), Verdict::Startup);
@@ -340,27 +345,11 @@ fn a_few_samples_do_not_make_a_start_up() {
 fn what_hardly_any_sample_was_taken_of_is_not_known_to_be_freed() {
     let judged_by = |blocks: u64, is_sampled: bool| {
         let weight = if is_sampled { 64 } else { 1 };
-        let site: Vec<Look<Tally>> = (1..=90)
-            .map(|second: u64| Look {
-                at_ns: second * 1_000_000_000,
-                until_ns: second * 1_000_000_000,
-                seen: Tally {
-                    allocs: blocks * weight,
-                    frees: blocks * weight,
-                    alloc_variance: blocks * weight * (weight - 1),
-                    ..Tally::default()
-                },
-            })
-            .collect();
-        judge(&Case {
-            site: &site,
-            work: &[],
-            now_ns: 90_000_000_000,
-            warmup_ns: None,
-            begin_ns: 0,
-            ran_before_ns: 0,
-            unseen_calls: 0,
-            is_sampled,
+        judged_by_looks(is_sampled, |_| Tally {
+            allocs: blocks * weight,
+            frees: blocks * weight,
+            alloc_variance: blocks * weight * (weight - 1),
+            ..Tally::default()
         })
     };
     for blocks in [0, 3, 1000] {
