@@ -59,7 +59,7 @@ fn walk(ctx: &RetProbeContext) -> Option<()> {
     let state = INSTANCES.get_ptr(instance)?;
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    let stack = Stack::begin(ctx.regs, state)?;
+    let mut stack = Stack::begin(ctx.regs, state)?;
     stack.walk(state);
     stack.release();
     Some(())
@@ -75,7 +75,7 @@ pub(crate) fn kernel_walk_exit(ctx: RetProbeContext) -> u32 {
 #[inline(always)]
 fn kernel_walk(ctx: &RetProbeContext) -> Option<()> {
     armed_instance((pid_tgid() >> 32) as u32)?;
-    let (scratch, _) = stack::claim()?;
+    let scratch = stack::claim()?;
     // SAFETY: claimed above, and the length is that of the buffer.
     unsafe {
         let frames = &raw mut (*scratch).event.frames;

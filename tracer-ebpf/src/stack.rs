@@ -49,8 +49,10 @@ const STACK_COPY_BURST: u64 = 200;
 pub(crate) struct Stack {
     scratch: *mut Scratch,
     start: Start,
-    /// Its trail once it was [looked for](Self::recall), if it `has_trail`; else any.
+    /// Its trail once it was [looked for](Self::recall), if it `may_have_trail`; else any.
     trail: *mut Trail,
+    may_have_trail: bool,
+    /// The trail belongs to it.
     has_trail: bool,
     /// Another walk began alike.
     is_fork: bool,
@@ -63,7 +65,7 @@ impl Stack {
     /// None if every buffer of this processor is in use.
     #[inline(always)]
     pub(crate) fn begin(regs: *const pt_regs, state: &Instance) -> Option<Self> {
-        let (scratch, is_first) = claim()?;
+        let scratch = claim()?;
         // SAFETY: claimed by this walk, the kernel hands every uprobe program a valid `pt_regs`, and
         // fields of a live map element; the segments in one read, as the user side replaces both halves
         // at once.
@@ -85,7 +87,8 @@ impl Stack {
                 scratch,
                 start,
                 trail,
-                has_trail: is_first && !is_changing(state),
+                may_have_trail: !is_changing(state),
+                has_trail: false,
                 is_fork: false,
             })
         }
@@ -94,7 +97,7 @@ impl Stack {
     /// The site that the walk would lead to, if it is known to be one that was made before.
     #[inline(always)]
     pub(crate) fn recall(&mut self, scope: Scope, state: &Instance) -> Option<u32> {
-        if !self.has_trail {
+        if !self.may_have_trail {
             return None;
         }
         // SAFETY: live map elements, and claimed by this walk.
@@ -104,16 +107,18 @@ impl Stack {
             (*scratch).read_first((*hints).span_bytes(start));
             self.trail = (*hints).trail(start, &(*scratch).window, (*scratch).walk.window_bytes)?;
             let trail = &*self.trail;
+            let version = trail.version();
             if !trail.begins(start, scope, state) {
                 return None;
             }
             if u64::from(trail.span_bytes()) > (*scratch).walk.window_bytes {
                 (*scratch).read_first(trail.span_bytes());
             }
-            if (*scratch).walk.window_bytes >= u64::from(trail.span_bytes())
-                && trail.is_in(start, &(*scratch).window)
-            {
-                return Some(trail.site());
+            if (*scratch).walk.window_bytes >= u64::from(trail.span_bytes()) {
+                let site = trail.site_if_in(start, &(*scratch).window, version);
+                if site.is_some() {
+                    return site;
+                }
             }
             self.is_fork = true;
             None
@@ -122,7 +127,7 @@ impl Stack {
 
     /// Walks.
     #[inline(always)]
-    pub(crate) fn walk(&self, state: &Instance) {
+    pub(crate) fn walk(&mut self, state: &Instance) {
         let Self {
             scratch,
             start,
@@ -151,14 +156,12 @@ impl Stack {
             (*scratch).event.hash = 0;
             (*scratch).event.depth = 0;
             (*scratch).event.end = StackEnd::DepthLimit as u32;
-            if self.has_trail {
-                (*trail).begin();
-            }
+            self.has_trail = self.may_have_trail && (*trail).begin();
+            (*scratch).walk.has_trail = u64::from(self.has_trail);
         }
         let mut context = Context { scratch, trail };
         // SAFETY: the callback has the signature that the helper wants and the context outlives it.
         unsafe {
-            (*scratch).walk.has_trail = u64::from(self.has_trail);
             bpf_loop(
                 config!(max_depth),
                 step as *const () as *mut c_void,
@@ -251,8 +254,13 @@ impl Stack {
     /// Gives the buffer back.
     #[inline(always)]
     pub(crate) fn release(self) {
-        // SAFETY: claimed by this walk, which is over.
-        unsafe { give_back(self.scratch) };
+        // SAFETY: claimed by this walk, which is over, and a live map element.
+        unsafe {
+            if self.has_trail {
+                (*self.trail).give_back();
+            }
+            give_back(self.scratch);
+        }
     }
 }
 
@@ -340,14 +348,14 @@ fn is_changing(state: &Instance) -> bool {
     }
 }
 
-/// Takes a buffer of this processor that no other walk holds; gives whether it is the first.
+/// Takes a buffer of this processor that no other walk holds.
 #[inline(always)]
-pub(crate) fn claim() -> Option<(*mut Scratch, bool)> {
+pub(crate) fn claim() -> Option<*mut Scratch> {
     for slot in 0..SCRATCH_SLOTS {
         let scratch = SCRATCH.get_ptr_mut(slot)?;
         // SAFETY: an aligned field of a live map element.
         if unsafe { swap_u32(&raw mut (*scratch).claimed, 1) } == 0 {
-            return Some((scratch, slot == 0));
+            return Some(scratch);
         }
     }
     None

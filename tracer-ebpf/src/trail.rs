@@ -9,10 +9,18 @@
 //! place of the stack again and again. Such a trail is found by its first words too: where these are is learned
 //! from the walks ([`Hints`]), word by word, as each says where the next one is. A hint that is wrong
 //! leads to no trail or to one whose words are not there, never to a wrong site.
+//!
+//! A preemptible kernel can put another task on the processor while a trail is written or compared. So a
+//! trail has one writer at a time, and who compares it looks afterwards whether it is still the one
+//! that it was (a sequence lock that nobody waits for). All of them are on one processor, where memory has an order;
+//! the compiler keeps it where accesses are volatile.
 
 use tracer_common::{instance::Instance, ledger::Scope};
 
-use crate::maps::{TRAILS, WINDOW_WORDS};
+use crate::{
+    atomic::swap_u32,
+    maps::{TRAILS, WINDOW_WORDS},
+};
 
 /// Trails that a processor keeps, a power of two.
 pub(crate) const KEPT: u32 = 512;
@@ -28,11 +36,11 @@ const WORDS: usize = 48;
 /// Trails reach no further above the stack pointer than can be read at once.
 const WINDOW_BYTES: u64 = WINDOW_WORDS as u64 * 8;
 
-/// A trail. It belongs to who holds the first buffer of the processor ([`crate::stack::claim`]).
+/// A trail.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Trail {
-    /// [`Instance::segments`] at that time; 0 if there is no trail.
+    /// [`Instance::segments`] at that time; 0 if there is no trail, or one that is being written.
     segments: u64,
     scope: Scope,
     instruction_pointer: u64,
@@ -49,6 +57,10 @@ pub(crate) struct Trail {
     uses_frame_pointer: u32,
     /// Not 0 if the walk went by something else too.
     is_given_up: u32,
+    /// Not 0 while it belongs to a walk.
+    is_taken: u32,
+    /// Trails that were begun here, modulo 2³².
+    version: u32,
     values: [u64; WORDS],
     /// Where the words are, in words above the stack pointer.
     places: [u16; WORDS],
@@ -155,55 +167,77 @@ impl Trail {
     /// Whether a walk that begins so may be the one that this is the trail of.
     #[inline(always)]
     pub(crate) fn begins(&self, start: &Start, scope: Scope, state: &Instance) -> bool {
-        self.segments == start.segments
-            && self.segments != 0
-            && self.instruction_pointer == start.instruction_pointer
-            && self.stack_pointer == start.stack_pointer
-            && self.scope == scope
-            && self.generation == state.generation
+        let segments = read(&self.segments);
+        segments == start.segments
+            && segments != 0
+            && read(&self.instruction_pointer) == start.instruction_pointer
+            && read(&self.stack_pointer) == start.stack_pointer
+            && read(&self.scope) == scope
+            && read(&self.generation) == state.generation
     }
 
     /// Bytes of the stack that its words lie in.
     #[inline(always)]
     pub(crate) fn span_bytes(&self) -> u32 {
-        self.span_bytes
+        read(&self.span_bytes)
     }
 
-    /// Whether a walk that [begins](Self::begins) so is the one that this is the trail of: its words are what the stack has,
-    /// which was read from the stack pointer on.
+    /// What a walk that [begins](Self::begins) so found, if it is the one that this is the trail of: its words are
+    /// what the stack has, which was read from the stack pointer on. `version` is what [it](Self::version)
+    /// was before anything else was looked at.
     #[inline(always)]
-    pub(crate) fn is_in(&self, start: &Start, stack: &[u64; WINDOW_WORDS]) -> bool {
-        let words = self.words as usize;
-        let mut difference = if self.uses_frame_pointer == 0 {
+    pub(crate) fn site_if_in(
+        &self,
+        start: &Start,
+        stack: &[u64; WINDOW_WORDS],
+        version: u32,
+    ) -> Option<u32> {
+        let words = read(&self.words) as usize;
+        let mut difference = if read(&self.uses_frame_pointer) == 0 {
             0
         } else {
-            self.frame_pointer ^ start.frame_pointer
+            read(&self.frame_pointer) ^ start.frame_pointer
         };
         // No branch in it but the end, lest the verifier follow each way.
         for index in 0..WORDS {
             if index >= words {
                 break;
             }
-            let place = self.places[index] as usize & (WINDOW_WORDS - 1);
-            difference |= stack[place] ^ self.values[index];
+            let place = read(&self.places[index]) as usize & (WINDOW_WORDS - 1);
+            difference |= stack[place] ^ read(&self.values[index]);
         }
-        difference == 0
+        let site = read(&self.site);
+        (difference == 0 && self.version() == version).then_some(site)
     }
 
-    /// What was found at its end.
+    /// Changes before anything else does.
     #[inline(always)]
-    pub(crate) fn site(&self) -> u32 {
-        self.site
+    pub(crate) fn version(&self) -> u32 {
+        read(&self.version)
     }
 
-    /// Begins a new one.
+    /// Begins a new one, that belongs to the walk until it is [given back](Self::give_back). False if it
+    /// belongs to another.
     #[inline(always)]
-    pub(crate) fn begin(&mut self) {
-        self.segments = 0;
+    pub(crate) fn begin(&mut self) -> bool {
+        // SAFETY: an aligned field of a live map element.
+        if unsafe { swap_u32(&raw mut self.is_taken, 1) } != 0 {
+            return false;
+        }
+        let version = self.version.wrapping_add(1);
+        write(&mut self.version, version);
+        write(&mut self.segments, 0);
         self.uses_frame_pointer = 0;
         self.is_given_up = 0;
         self.span_bytes = 0;
         self.words = 0;
+        true
+    }
+
+    /// The walk that [began](Self::begin) it is over.
+    #[inline(always)]
+    pub(crate) fn give_back(&mut self) {
+        write(&mut self.is_taken, 0);
     }
 
     /// The walk went by a word.
@@ -241,12 +275,26 @@ impl Trail {
         if self.is_given_up != 0 {
             return;
         }
-        self.scope = scope;
-        self.instruction_pointer = start.instruction_pointer;
-        self.stack_pointer = start.stack_pointer;
-        self.frame_pointer = start.frame_pointer;
-        self.generation = state.generation;
-        self.site = site;
-        self.segments = start.segments;
+        write(&mut self.scope, scope);
+        write(&mut self.instruction_pointer, start.instruction_pointer);
+        write(&mut self.stack_pointer, start.stack_pointer);
+        write(&mut self.frame_pointer, start.frame_pointer);
+        write(&mut self.generation, state.generation);
+        write(&mut self.site, site);
+        write(&mut self.segments, start.segments);
     }
+}
+
+/// In the order of the program, before and after others.
+#[inline(always)]
+fn read<T: Copy>(field: &T) -> T {
+    // SAFETY: a reference.
+    unsafe { (&raw const *field).read_volatile() }
+}
+
+/// In the order of the program, before and after others.
+#[inline(always)]
+fn write<T: Copy>(field: &mut T, value: T) {
+    // SAFETY: a reference.
+    unsafe { (&raw mut *field).write_volatile(value) }
 }
