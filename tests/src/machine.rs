@@ -23,13 +23,13 @@ pub fn load(full: u64) -> u64 {
     full.checked_div(divisor).unwrap_or(full).max(1)
 }
 
-/// The machine, until dropped.
+/// The machine, or a share of it, until dropped.
 #[derive(Debug)]
 pub struct Turn {
     _lock: File,
 }
 
-/// Waits until no other test holds the machine.
+/// Waits until no other test holds the machine or a share of it: for tests that measure, or trace more than what is theirs.
 ///
 /// Sessions do not disturb each other's figures, but two cores do not carry several loads at once,
 /// and the time limits of the tests would have to be guessed for any mixture.
@@ -39,6 +39,21 @@ pub struct Turn {
 /// If the lock file cannot be used.
 #[must_use]
 pub fn take() -> Turn {
+    turn(libc::LOCK_EX)
+}
+
+/// Waits until no other test holds the whole machine: for tests that mostly wait, or whose outcome is the same
+/// however long it takes.
+///
+/// # Panics
+///
+/// If the lock file cannot be used.
+#[must_use]
+pub fn share() -> Turn {
+    turn(libc::LOCK_SH)
+}
+
+fn turn(operation: libc::c_int) -> Turn {
     let path = env::temp_dir().join("unfreed-tests.lock");
     let lock = OpenOptions::new()
         .create(true)
@@ -47,7 +62,7 @@ pub fn take() -> Turn {
         .open(&path)
         .unwrap_or_else(|error| panic!("failed to open {}: {error}", path.display()));
     // SAFETY: an open descriptor.
-    while unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_EX) } != 0 {
+    while unsafe { libc::flock(lock.as_raw_fd(), operation) } != 0 {
         let error = io::Error::last_os_error();
         assert_eq!(
             error.kind(),

@@ -36,7 +36,7 @@ fn assert_scenario_exact(scenario: &str, rounds: u32, code: i32) {
         return;
     }
     let program = abandoned();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = target::run(&program, &[scenario, &rounds.to_string()]);
     assert_exact(&run, code);
 }
@@ -96,7 +96,7 @@ fn an_exception_thrown_out_of_malloc_ends_the_process_and_the_report_still_comes
     }
     let program = abandoned();
     let books = TempDir::new().expect("failed to create a directory");
-    let _turn = machine::take();
+    let _turn = machine::share();
     let books = books.path().join("books");
     let command = [
         program.as_os_str(),
@@ -126,7 +126,7 @@ fn assert_coroutines_exact(arguments: &[&str]) {
         return;
     }
     let program = coroutines();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, arguments), 0);
 }
 
@@ -141,7 +141,7 @@ fn coroutines_over_the_c_library_that_switch_stacks_between_calls_are_exact() {
         return;
     }
     let program = Fixture::new("coroutines.c").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, &["switching", "60000"]), 0);
 }
 

@@ -63,7 +63,7 @@ fn assert_new_exact_with_preloaded(library: &str) {
         return;
     };
     let program = new_delete().build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = preloaded(&library, &program, &["4", "2000"]);
     assert!(run.books.0.len() >= 10, "{:?}", run.books.0.keys());
     // Where a form forwards, its caller is one frame further up.
@@ -103,7 +103,7 @@ fn all_forms_of_new_and_delete_are_exact_in_a_program_linked_with_tcmalloc() {
         .flag("-ltcmalloc_minimal")
         .named("new_delete_tcmalloc")
         .build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, &["4", "2000"]));
 }
 
@@ -114,7 +114,7 @@ fn all_forms_of_new_and_delete_are_exact_over_the_c_library() {
         return;
     }
     let program = new_delete().build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let before = ["env", NO_THREAD_CACHE];
     let run = target::run_behind(&before, &program, &["4", "2000"], |run| run);
     let report = run.outcome.report_with_code(0);
@@ -157,7 +157,7 @@ fn the_functions_of_jemallocs_own_are_exact() {
         return;
     }
     let program = Fixture::new("mallocx.c").flag("-ljemalloc").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = target::run(&program, &["20000"]);
     assert!(field(&run.notes, "resized") > 1000);
     assert_exact(&run);
@@ -180,7 +180,7 @@ fn an_allocator_with_a_known_prefix_in_the_program_is_exact() {
             fixture = fixture.flag("-DHIDDEN");
         }
         let program = fixture.build();
-        let _turn = machine::take();
+        let _turn = machine::share();
         let run = target::run(&program, &[]);
         assert!(run.books.0.len() == 5, "{prefix}: {:?}", run.books.0.keys());
         assert_exact(&run);
@@ -193,7 +193,7 @@ fn an_allocator_with_a_prefix_that_the_user_names_is_exact() {
         return;
     }
     let program = Fixture::new("prefixed.c").flag("-DPREFIX=own_").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run_behind(&[], &program, &[], |run| {
         run.options(["-S", "own_"])
     }));
@@ -220,7 +220,7 @@ fn a_prefix_that_nothing_has_is_said() {
 fn assert_late_allocator_exact(library: Fixture, program: Fixture, options: &[&str]) {
     let library = library.flag("-DPREFIX=je_").build();
     let program = program.flag("-ldl").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&program, &[&library.display().to_string()]);
     let session = Unfreed::attach(&[target.pid()])
         .options(["-v"])
@@ -281,7 +281,7 @@ fn a_preloaded_library_that_calls_the_next_allocator_counts_once() {
     }
     let ledger = Fixture::new("ledger.c").flag("-ldl").build();
     let interposer = interposer();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let each = machine::load(32_768).to_string();
     let run = preloaded(&interposer, &ledger, &["6", "8", &each]);
     let report = run.outcome.report_with_code(0);
@@ -298,7 +298,7 @@ fn frees_of_c23_that_call_free_count_once() {
     let program = Fixture::new("free_sized.c")
         .linked_with(&interposer)
         .build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, &[]));
 }
 
@@ -324,7 +324,7 @@ fn a_rust_program_is_exact() {
         return;
     }
     let program = Fixture::new("rust_alloc.rs").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_rust_exact(&Unfreed::run([program]).finish());
 }
 
@@ -339,7 +339,7 @@ fn a_rust_program_with_an_allocator_of_its_own_is_exact() {
         .flag("arena")
         .flag("-Copt-level=0")
         .build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_rust_exact(&Unfreed::run([program]).finish());
 }
 
@@ -354,7 +354,7 @@ fn a_static_program_of_the_c_library_is_exact() {
             fixture = fixture.flag(*flag);
         }
         let program = fixture.build();
-        let _turn = machine::take();
+        let _turn = machine::share();
         assert_exact(&target::run(&program, &["exit", "0"]));
     }
 }
@@ -371,7 +371,7 @@ fn a_static_program_of_musl_is_exact() {
         .compiled_by(&compiler)
         .flag("-static")
         .build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, &["exit", "0"]));
 }
 
@@ -384,7 +384,7 @@ fn a_program_of_musl_that_is_linked_dynamically_is_exact() {
         return;
     };
     let program = Fixture::new("small.c").compiled_by(&compiler).build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     assert_exact(&target::run(&program, &["exit", "0"]));
 }
 
@@ -399,7 +399,7 @@ fn an_operator_new_that_throws_ends_the_process_only_where_it_is_probed() {
         return;
     };
     let program = new_delete().build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let arguments = ["1", "10", "throw"];
     let of_libstdcxx = target::run(&program, &arguments);
     assert!(

@@ -105,7 +105,7 @@ fn a_process_that_ends_while_unfreed_attaches_gives_a_report_or_one_line() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     for round in 0..30 {
         let life_s = f64::from(round) * 0.02;
         let mut sleeper = Process::start(Command::new("sleep").arg(life_s.to_string()));
@@ -130,7 +130,7 @@ fn attaching_to_unfreed_itself_is_refused_and_leaves_it_alone() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&small(), &["hold", "0"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
     let line = Unfreed::attach(&[session.process.pid()])
@@ -252,7 +252,7 @@ fn a_memory_cgroup_too_small_for_the_maps_is_named_in_one_line() {
             return;
         }
     };
-    let _turn = machine::take();
+    let _turn = machine::share();
     let target = Target::start(&small(), &["hold", "0"]);
     let outcome = Unfreed::attach(&[target.pid()])
         .options(["--duration", "1"])

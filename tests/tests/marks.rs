@@ -58,7 +58,7 @@ fn a_generation_is_what_was_allocated_since_its_mark_and_nothing_else() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let file = directory.path().join("marks.unfreed");
     let mut process = start();
@@ -161,7 +161,7 @@ fn who_has_ended_counts_in_the_generations_in_which_it_was_there() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let file = directory.path().join("marks.unfreed");
     let [mut staying, mut before, mut between] = [start(), start(), start()];
@@ -207,7 +207,7 @@ fn the_last_generation_of_a_program_that_was_run_is_what_it_left() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let program = Fixture::new("actions.c").build();
     let mut session = Unfreed::run([&program]).start();
     session.process.expect("ready");
@@ -229,7 +229,7 @@ fn a_session_that_is_not_there_is_told() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let outcome = Unfreed::verb("mark", ["--session", "4194303"]).finish();
     assert!(
         outcome.error_line(1).contains("no session"),

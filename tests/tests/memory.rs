@@ -53,7 +53,7 @@ fn growth_is_explained_by_what_it_is_made_of() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     for (how, part, reason) in [
         ("blocks", "ledger_bytes", "are blocks not freed"),
         ("holes", "rest_bytes", "what the allocator keeps"),
@@ -79,7 +79,7 @@ fn the_time_until_a_limit_is_hit_is_told() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let group = match MemoryCgroup::new(400 << 20) {
         Ok(group) => group,
         Err(reason) => return skip::skip(&reason),
@@ -115,7 +115,7 @@ fn what_does_not_grow_has_no_end() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let report = session("nothing", 5, Duration::from_secs(1));
     let memory = parts(&report);
     assert_eq!(mib(memory, "growth_bytes"), 0, "{memory:#}");

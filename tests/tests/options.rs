@@ -43,7 +43,7 @@ fn several_processes_of_one_session_are_exact_each() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut targets: Vec<Target> = (0..3)
         .map(|_| Target::start(&small(), &["repeat", "0"]))
         .collect();
@@ -80,7 +80,7 @@ fn two_sessions_on_one_process_see_the_same() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&small(), &["hold", "0"]);
     let first = Unfreed::attach(&[target.pid()]).start().tracing();
     let second = Unfreed::attach(&[target.pid()]).start().tracing();

@@ -63,7 +63,7 @@ fn pools_handles_and_the_heap_below_them_are_exact_each() {
         return;
     }
     let program = pairs().linked_with(&pool()).build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let each = machine::load(3000);
     let run = target::run_behind(&[], &program, &["4", &each.to_string()], |run| {
         run.options(POOL)
@@ -89,7 +89,7 @@ fn a_library_that_is_loaded_later_is_exact_under_run() {
     }
     let program = pairs().build();
     let library = pool().display().to_string();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = target::run_behind(&[], &program, &["2", "2000", &library], |run| {
         run.options(POOL)
     });
@@ -102,7 +102,7 @@ fn handles_are_exact_without_the_heap() {
         return;
     }
     let program = pairs().linked_with(&pool()).build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = target::run_behind(&[], &program, &["4", "3000"], |run| {
         run.options(POOL).options(["--no-heap"])
     });
@@ -123,7 +123,7 @@ fn definitions_of_a_file_are_exact() {
                 free pool_put(arg1)\n[handles]\nalloc pool_make(out=arg1)\nfree pool_drop\n";
     std::fs::write(&file, text).expect("failed to write a file");
     let program = pairs().linked_with(&pool()).build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let run = target::run_behind(&[], &program, &["2", "2000"], |run| {
         run.options(["--definitions", &file.display().to_string()])
     });
@@ -143,7 +143,7 @@ fn a_leaked_file_handle_is_found_in_a_process_attached_to() {
         return;
     }
     let mut target = Target::start(&Fixture::new("handles.c").build(), &["1000"]);
-    let _turn = machine::take();
+    let _turn = machine::share();
     let session = Unfreed::attach(&[target.pid()])
         .options(["--alloc-fn", "fopen()->ret", "--free-fn", "fclose(arg0)"])
         .start()
@@ -169,7 +169,7 @@ fn the_text_shows_handles_as_counts_in_a_section_of_their_own() {
         return;
     }
     let mut target = Target::start(&Fixture::new("handles.c").build(), &["1000"]);
-    let _turn = machine::take();
+    let _turn = machine::share();
     let session = Unfreed::attach(&[target.pid()])
         .without_report()
         .options(["--alloc-fn", "fopen", "--free-fn", "fclose"])
@@ -217,7 +217,7 @@ fn the_presets_of_real_libraries_are_exact() {
         .into_iter()
         .fold(Fixture::new("presets.c"), Fixture::flag)
         .build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let presets = ["openssl", "sqlite", "zlib", "stdio"];
     let run = target::run_behind(&[], &program, &[], |run| {
         run.options(presets.iter().flat_map(|name| ["--preset", name]))
@@ -250,7 +250,7 @@ fn pythons_own_allocator_is_followed_and_what_is_inlined_is_said_to_be_missed() 
     let Some(python) = skip::need_program("python3") else {
         return;
     };
-    let _turn = machine::take();
+    let _turn = machine::share();
     let outcome = python_report(&python);
     let report = outcome.report_with_code(0);
     // What starts it may be a script.
@@ -273,7 +273,7 @@ fn python_without_its_own_allocator_is_all_in_the_heap() {
     let Some(python) = skip::need_program("python3") else {
         return;
     };
-    let _turn = machine::take();
+    let _turn = machine::share();
     let command = [
         "env".as_ref(),
         "PYTHONMALLOC=malloc".as_ref(),

@@ -67,7 +67,7 @@ fn a_recording_gives_the_report_of_its_session() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let file = directory.path().join("leak.unfreed");
     let program = start(&leaker());
@@ -143,7 +143,7 @@ fn what_was_recorded_is_there_after_a_kill() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let at = |name: &str| directory.path().join(name);
     // The program that runs has no symbols.
@@ -199,7 +199,7 @@ fn what_is_no_whole_recording_is_refused_in_a_line() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let at = |name: &str| directory.path().join(name);
     let program = start(&leaker());
@@ -289,7 +289,7 @@ fn a_disk_that_becomes_full_ends_the_recording_and_not_the_session() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let disk = SmallDisk::mount("256k");
     let file = disk.0.path().join("full.unfreed");
     let program = start(&leaker());
@@ -317,7 +317,7 @@ fn two_recordings_are_compared_site_by_site() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = TempDir::new().expect("no directory");
     let at = |name: &str| directory.path().join(name);
     let program = leaker();

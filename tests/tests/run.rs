@@ -289,7 +289,7 @@ fn a_child_stopped_and_continued_by_somebody_else_goes_on() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut session = Unfreed::run(["sh", "-c", "echo pid $$; read line; echo $line"]).start();
     let pid: i32 = session.process.expect("pid")[0].parse().expect("a PID");
     for signal in [libc::SIGSTOP, libc::SIGCONT] {

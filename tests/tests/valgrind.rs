@@ -138,7 +138,7 @@ fn assert_counted_as_by_valgrind(program: &str, arguments: &[&str]) {
             .map(|argument| argument.replace("INPUT", &input)),
     );
 
-    let _turn = machine::take();
+    let _turn = machine::share();
     let expected = usage_by_valgrind(&valgrind, &command, directory.path());
     assert!(
         expected.0 > 0,

@@ -53,6 +53,26 @@ pub(crate) fn run_capturing(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Shows the command line, runs it, and shows its output when it is over: for commands that run beside others.
+///
+/// # Errors
+///
+/// The program cannot be started, or it fails.
+pub(crate) fn run_aside(command: &mut Command) -> Result<()> {
+    let shown = display(command);
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("failed to start `{shown}`"))?;
+    let texts = [&output.stderr, &output.stdout].map(|text| String::from_utf8_lossy(text));
+    // In one call, so that nothing comes in between.
+    println!("$ {shown}\n{}{}", texts[0], texts[1]);
+    if !output.status.success() {
+        bail!("failed: `{shown}` ({})", output.status);
+    }
+    Ok(())
+}
+
 /// Runs a command silently and returns what it wrote to stdout, without the last line's end.
 ///
 /// # Errors

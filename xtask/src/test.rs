@@ -1,11 +1,15 @@
 //! `cargo xtask test`: every check there is, in the order in which it is cheapest to fail.
 
 use std::{
-    env,
+    env, fs,
+    panic::resume_unwind,
+    path::PathBuf,
+    process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{bench, build_ebpf, cmd, fuzz, lint, setup, vm};
 
@@ -89,28 +93,121 @@ fn unit_tests(args: &Args) -> Result<()> {
     cmd::run(&mut command)
 }
 
+/// Files of tests that mostly wait: they run beside each other, as do the tests in each.
+const WAITING: [&str; 5] = ["marks", "memory", "recordings", "top", "verdict"];
+
+/// Tests of each of them at a time.
+const WAITING_AT_A_TIME: usize = 3;
+
+/// Files of tests whose outcome is the same however long it takes: two tests at a time.
+const PATIENT: [&str; 10] = [
+    "abandoned",
+    "allocators",
+    "bad_input",
+    "options",
+    "pairs",
+    "run",
+    "stacks",
+    "symbols",
+    "unwinding",
+    "valgrind",
+];
+
 /// The tests run the `unfreed` that users would, so both are built for release.
 fn integration_tests(args: &Args) -> Result<()> {
     cmd::build_unfreed()?;
-    let mut command = cmd::cargo();
-    command
-        .args([
-            "test",
-            "--locked",
-            "--no-fail-fast",
-            "--release",
-            "-p",
-            "unfreed-tests",
-        ])
-        // One after the other: they measure, and some trace the whole machine.
-        .args(["--", "--test-threads=1"])
-        .args(&args.filter)
-        .args(&args.rest)
-        .env("UNFREED_BIN", cmd::target_dir()?.join("release/unfreed"));
-    if skips_forbidden(env::var("CI").ok().as_deref()) {
-        command.env("UNFREED_FORBID_SKIPS", "1");
+    let tests = Integration {
+        args,
+        unfreed: cmd::target_dir()?.join("release/unfreed"),
+    };
+    cmd::run(tests.cargo().arg("--no-run"))?;
+    // The tests that measure, or trace the whole machine, are alone.
+    let alone = files()?;
+    let alone = alone
+        .iter()
+        .map(String::as_str)
+        .filter(|file| !WAITING.contains(file) && !PATIENT.contains(file));
+    let runs = [
+        tests.together(&WAITING),
+        cmd::run(&mut tests.of(PATIENT, 2)),
+        cmd::run(&mut tests.of(alone, 1)),
+    ];
+    let failures: Vec<String> = runs
+        .into_iter()
+        .filter_map(|run| Some(format!("{:#}", run.err()?)))
+        .collect();
+    if !failures.is_empty() {
+        bail!("{}", failures.join("; "));
     }
-    cmd::run(&mut command)
+    Ok(())
+}
+
+/// The files of tests in tests/tests/, by name.
+fn files() -> Result<Vec<String>> {
+    let directory = cmd::workspace().join("tests/tests");
+    let context = || format!("failed to read {}", directory.display());
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(context)? {
+        let path = entry.with_context(context)?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            files.extend(
+                path.file_stem()
+                    .map(|name| name.to_string_lossy().into_owned()),
+            );
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Runs of integration tests.
+struct Integration<'a> {
+    args: &'a Args,
+    unfreed: PathBuf,
+}
+
+impl Integration<'_> {
+    fn cargo(&self) -> Command {
+        let mut command = cmd::cargo();
+        command
+            .args(["test", "--locked", "--no-fail-fast", "--release"])
+            .args(["-p", "unfreed-tests"])
+            .env("UNFREED_BIN", &self.unfreed);
+        if skips_forbidden(env::var("CI").ok().as_deref()) {
+            command.env("UNFREED_FORBID_SKIPS", "1");
+        }
+        command
+    }
+
+    /// Runs the tests of some files, so many at a time.
+    fn of<'a>(&self, files: impl IntoIterator<Item = &'a str>, at_a_time: usize) -> Command {
+        let mut command = self.cargo();
+        for file in files {
+            command.args(["--test", file]);
+        }
+        command
+            .arg("--")
+            .arg(format!("--test-threads={at_a_time}"))
+            .args(&self.args.filter)
+            .args(&self.args.rest);
+        command
+    }
+
+    /// Runs the tests of some files all at a time.
+    fn together(&self, files: &[&str]) -> Result<()> {
+        let runs: Vec<Result<()>> = thread::scope(|scope| {
+            let runs: Vec<_> = files
+                .iter()
+                .map(|&file| {
+                    scope.spawn(move || cmd::run_aside(&mut self.of([file], WAITING_AT_A_TIME)))
+                })
+                .collect();
+            runs.into_iter()
+                .map(|run| run.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        runs.into_iter().collect()
+    }
 }
 
 /// Whether `CI`'s value says that this is a CI run, where a skipped test would pass for one that ran.
@@ -187,6 +284,15 @@ mod tests {
         for value in [None, Some(""), Some("0"), Some("false")] {
             assert!(!skips_forbidden(value), "{value:?}");
         }
+    }
+
+    #[test]
+    fn test_files_that_are_run_beside_others_exist() {
+        let files = files().unwrap();
+        for file in WAITING.iter().chain(&PATIENT) {
+            assert!(files.iter().any(|other| other == file), "{file}");
+        }
+        assert!(files.len() > WAITING.len() + PATIENT.len());
     }
 
     #[test]

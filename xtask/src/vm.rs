@@ -1,6 +1,6 @@
 //! `cargo xtask vm`: the integration tests that say most about a kernel, on Debian's kernels in virtual machines.
 //!
-//! Kernels are fetched from Debian's archive, `unfreed` and the tests are built as static programs, the fixtures are
+//! Kernels are fetched from Debian's archive, `unfreed` and the tests are those of this machine, the fixtures are
 //! compiled by a run of the same tests on this machine, and all of it goes into an initramfs: no disk, no network, no
 //! modules. What the guests say on their consoles decides.
 
@@ -208,9 +208,9 @@ fn common_files(programs: &Programs) -> Result<Tree> {
     let mut tree = Tree::new();
     tree.text("init", include_str!("vm/init.sh"), 0o755);
     tree.program(&initramfs::installed("busybox")?)?;
-    tree.copy(&programs.unfreed, "usr/bin/unfreed");
+    tree.program_as(&programs.unfreed, "usr/bin/unfreed")?;
     for (file, program) in &programs.tests {
-        tree.copy(program, &format!("tests/{file}"));
+        tree.program_as(program, &format!("tests/{file}"))?;
     }
     for name in PROGRAMS {
         let path = initramfs::installed(name)?;

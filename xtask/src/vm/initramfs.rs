@@ -82,7 +82,16 @@ impl Tree {
     ///
     /// It cannot be read.
     pub(crate) fn program(&mut self, path: &Path) -> Result<()> {
-        self.copy(path, &path.display().to_string());
+        self.program_as(path, &path.display().to_string())
+    }
+
+    /// The same at another path.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub(crate) fn program_as(&mut self, path: &Path, to: &str) -> Result<()> {
+        self.copy(path, to);
         for library in libraries(path)? {
             self.copy(&library, &library.display().to_string());
         }

@@ -1,4 +1,4 @@
-//! What runs in the virtual machines: `unfreed` and the integration tests as static programs, the
+//! What runs in the virtual machines: `unfreed` and the integration tests as they are built for this machine, the
 //! fixtures, and which tests are chosen.
 
 use std::{
@@ -12,10 +12,6 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::{cmd, stamp};
-
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-
-const FLAGS: &str = "-Ctarget-feature=+crt-static";
 
 /// Tests of one file in tests/tests/.
 #[derive(Debug)]
@@ -165,7 +161,7 @@ const ENVIRONMENT: [(&str, &str); 3] = [
 /// Names of tests by their file: what a machine runs.
 pub(crate) type Tests = BTreeMap<&'static str, Vec<String>>;
 
-/// The static programs.
+/// The programs, without debug information: all of a machine's files are in its memory.
 #[derive(Debug)]
 pub(crate) struct Programs {
     /// `unfreed`.
@@ -177,32 +173,39 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// Builds them below `dir`.
+    /// Builds them, and copies them to `dir`.
     ///
     /// # Errors
     ///
     /// They do not build.
     pub(crate) fn build(dir: &Path) -> Result<Self> {
-        let mut unfreed = cargo("build", dir);
-        unfreed.args(cmd::UNFREED);
-        let mut tests = cargo("test", dir);
-        tests.args(["--no-run", "-p", "unfreed-tests"]);
+        cmd::build_unfreed()?;
+        let mut tests = cmd::cargo();
+        tests.args(["test", "--locked", "--release", "--no-run"]);
+        tests.args(["-p", "unfreed-tests"]);
+        tests.args(["--message-format", "json-render-diagnostics"]);
         let files: Vec<&'static str> = files().collect();
         for file in &files {
             tests.args(["--test", file]);
         }
-        let unfreed = executables(&cmd::run_capturing(&mut unfreed)?)
-            .remove("unfreed")
-            .context("cargo built no unfreed")?;
-        let mut built = executables(&cmd::run_capturing(&mut tests)?);
+        let built = executables(&cmd::run_capturing(&mut tests)?);
+        let stripped = dir.join("programs");
+        fs::create_dir_all(&stripped)
+            .with_context(|| format!("failed to create {}", stripped.display()))?;
+        let strip = |program: &Path, name: &str| -> Result<PathBuf> {
+            let copy = stripped.join(name);
+            let mut command = Command::new("strip");
+            command.args(["--strip-debug", "-o"]).arg(&copy);
+            cmd::capture(command.arg(program))?;
+            Ok(copy)
+        };
+        let unfreed = strip(&cmd::target_dir()?.join("release/unfreed"), "unfreed")?;
         let tests = files
             .into_iter()
             .map(|file| {
-                let program = built.remove(file);
-                Ok((
-                    file,
-                    program.with_context(|| format!("cargo built no {file}"))?,
-                ))
+                let program = built.get(file);
+                let program = program.with_context(|| format!("cargo built no {file}"))?;
+                Ok((file, strip(program, file)?))
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -315,25 +318,6 @@ fn files() -> impl Iterator<Item = &'static str> {
         new.then_some(group.file)
     };
     CHOSEN.iter().enumerate().filter_map(first)
-}
-
-/// Cargo, building static programs below `dir`.
-fn cargo(verb: &str, dir: &Path) -> Command {
-    let mut command = cmd::cargo();
-    command
-        .args([verb, "--quiet", "--locked", "--release", "--target", TARGET])
-        // With an explicit target the flags do not reach build scripts and macros, which cannot be static.
-        .env("CARGO_ENCODED_RUSTFLAGS", FLAGS)
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
-        // Half the time to compile; they are there for the kernels.
-        .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
-        .args([
-            "--message-format",
-            "json-render-diagnostics",
-            "--target-dir",
-        ])
-        .arg(dir.join("build"));
-    command
 }
 
 /// Programs that cargo's messages name, by the names of their targets.
