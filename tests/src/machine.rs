@@ -1,5 +1,5 @@
 //! What the machine can bear: one measurement at a time, tests of all binaries and threads taking
-//! turns, and how much load one test makes.
+//! turns but for those that share it, and how much load one test makes.
 
 use std::{
     env,
@@ -31,8 +31,8 @@ pub struct Turn {
 
 /// Waits until no other test holds the machine or a share of it: for tests that measure, or trace more than what is theirs.
 ///
-/// Sessions do not disturb each other's figures, but two cores do not carry several loads at once,
-/// and the time limits of the tests would have to be guessed for any mixture.
+/// Sessions do not disturb each other's figures, but two cores do not carry several heavy loads at once, and what
+/// is measured in time would have to be guessed for any mixture.
 ///
 /// # Panics
 ///

@@ -21,6 +21,7 @@ use unfreed_tests::{
     report::{Report, function_of, sites_of},
     skip,
     unfreed::{Outcome, Session, Unfreed, binary},
+    wait,
 };
 
 /// A program that leaks one in 1,000 of the blocks of a busy site, in `leak_item`.
@@ -72,7 +73,7 @@ fn a_recording_gives_the_report_of_its_session() {
     let file = directory.path().join("leak.unfreed");
     let program = start(&leaker());
     let session = recorded(&program, &file, &["--duration", "45"]);
-    let live = session.finish();
+    let live = session.finish_within(2 * wait::LONG);
     let live = live.report_with_code(0);
     let replay = replayed(&file, &[]);
     let replay = replay.report_with_code(0);

@@ -81,7 +81,7 @@ fn a_slow_leaker_is_first_among_noisy_busy_and_idle_processes_and_its_stack_is_n
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::share();
+    let _turn = machine::take();
     let crowd = Crowd::start(&[], 60_000, [12, 12, 6, 20]);
     let report = json(&["--once", "--duration", "15", "-n", "1000"]);
     assert_eq!(report["schema"], "unfreed.top/1");
@@ -125,7 +125,7 @@ fn tables_for_no_terminal_are_plain_and_cost_little_and_ctrl_c_gives_the_last() 
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::share();
+    let _turn = machine::take();
     let crowd = Crowd::start(&[], 100_000, [4, 4, 2, 40]);
     let begin = Instant::now();
     let session = Unfreed::verb("top", ["--interval", "1", "-n", "3"]).start();
@@ -175,7 +175,7 @@ fn the_limit_that_will_be_hit_first_is_named_with_the_time_left() {
         Ok(group) => group,
         Err(reason) => return skip::skip(&reason),
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let crowd = Crowd::start(&group.wrapper(), 1_000_000, [0, 0, 0, 1]);
     let report = json(&["--once", "-n", "30"]);
     let limit = &row(&report, crowd.leaker)["limit"];
@@ -280,7 +280,7 @@ fn on_a_terminal_enter_goes_from_a_process_to_attach_and_q_leaves() {
     let Some(script) = skip::need_program("script") else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let crowd = Crowd::start(&[], 4_000_000, [0, 0, 0, 0]);
     let on_terminal = || {
         let command = format!(

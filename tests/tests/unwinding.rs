@@ -177,7 +177,7 @@ fn redis_is_unwound() {
     ) else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let server = Server::redis(&server);
     let load = redis_load(&benchmark, server.port());
     assert_unwound_under_load("redis", &server, load, 20);
@@ -207,7 +207,7 @@ fn nginx_is_unwound() {
     let (Some(server), Some(wrk)) = (skip::need_program("nginx"), skip::need_program("wrk")) else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let server = Server::nginx(&server);
     let load = nginx_load(&wrk, server.port());
     assert_unwound_under_load("nginx", &server, load, 2);
@@ -328,7 +328,7 @@ fn postgresql_is_unwound() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::share();
+    let _turn = machine::take();
     let Some(postgresql) = PostgreSql::start() else {
         return;
     };
@@ -405,7 +405,7 @@ fn python_is_unwound() {
         skip::skip("python3 is not installed");
         return;
     }
-    let _turn = machine::share();
+    let _turn = machine::take();
     let trace = |options: &[&str]| {
         Unfreed::run([PYTHON, "-c", SCRIPT])
             .options(options)
@@ -445,7 +445,7 @@ fn a_compiler_is_unwound() {
     let Some(driver) = skip::need_program("g++") else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let directory = TempDir::new().expect("failed to create a directory");
     let source = directory.path().join("program.cc");
     let preprocessed = directory.path().join("program.ii");
@@ -528,7 +528,7 @@ fn libraries_without_room_for_unwind_tables_lead_to_no_wrong_stacks() {
     let Some(server) = skip::need_program("redis-server") else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     assert_right_without_room("redis", &[&server.display().to_string(), "--version"]);
 }
 
@@ -557,7 +557,7 @@ fn a_program_without_room_for_unwind_tables_has_no_wrong_stacks() {
     let Some(driver) = skip::need_program("g++") else {
         return;
     };
-    let _turn = machine::share();
+    let _turn = machine::take();
     let directory = TempDir::new().expect("failed to create a directory");
     let source = directory.path().join("program.ii");
     fs::write(&source, SMALL_PROGRAM).expect("failed to write");

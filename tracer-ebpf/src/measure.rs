@@ -59,7 +59,7 @@ fn walk(ctx: &RetProbeContext) -> Option<()> {
     let state = INSTANCES.get_ptr(instance)?;
     // SAFETY: a live map element.
     let state = unsafe { &*state };
-    let mut stack = Stack::begin(ctx.regs, state)?;
+    let stack = Stack::begin(ctx.regs, state)?;
     stack.walk(state);
     stack.release();
     Some(())

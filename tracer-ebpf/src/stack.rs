@@ -52,8 +52,6 @@ pub(crate) struct Stack {
     /// Its trail once it was [looked for](Self::recall), if it `may_have_trail`; else any.
     trail: *mut Trail,
     may_have_trail: bool,
-    /// The trail belongs to it.
-    has_trail: bool,
     /// Another walk began alike.
     is_fork: bool,
 }
@@ -78,6 +76,7 @@ impl Stack {
             };
             (*scratch).walk.stack_start = start.stack_pointer;
             (*scratch).walk.window_bytes = 0;
+            (*scratch).walk.has_trail = 0;
             // Which one is found out when it is asked for; an element in any case, of which the verifier knows.
             let Some(trail) = TRAILS.get_ptr_mut(0) else {
                 give_back(scratch);
@@ -88,7 +87,6 @@ impl Stack {
                 start,
                 trail,
                 may_have_trail: !is_changing(state),
-                has_trail: false,
                 is_fork: false,
             })
         }
@@ -120,14 +118,14 @@ impl Stack {
                     return site;
                 }
             }
-            self.is_fork = true;
+            self.is_fork = trail.version() == version;
             None
         }
     }
 
     /// Walks.
     #[inline(always)]
-    pub(crate) fn walk(&mut self, state: &Instance) {
+    pub(crate) fn walk(&self, state: &Instance) {
         let Self {
             scratch,
             start,
@@ -156,8 +154,9 @@ impl Stack {
             (*scratch).event.hash = 0;
             (*scratch).event.depth = 0;
             (*scratch).event.end = StackEnd::DepthLimit as u32;
-            self.has_trail = self.may_have_trail && (*trail).begin();
-            (*scratch).walk.has_trail = u64::from(self.has_trail);
+            if self.may_have_trail {
+                (*scratch).walk.has_trail = u64::from((*trail).begin());
+            }
         }
         let mut context = Context { scratch, trail };
         // SAFETY: the callback has the signature that the helper wants and the context outlives it.
@@ -185,7 +184,7 @@ impl Stack {
     pub(crate) fn remember(&self, scope: Scope, state: &Instance, site: u32) {
         // SAFETY: claimed by this walk, and a live map element.
         unsafe {
-            if self.has_trail
+            if (*self.scratch).walk.has_trail != 0
                 && (*self.scratch).walk.unknown_code == 0
                 && (*self.scratch).event.end != StackEnd::Changing as u32
                 && (*self.scratch).event.end != StackEnd::Unreadable as u32
@@ -256,7 +255,7 @@ impl Stack {
     pub(crate) fn release(self) {
         // SAFETY: claimed by this walk, which is over, and a live map element.
         unsafe {
-            if self.has_trail {
+            if (*self.scratch).walk.has_trail != 0 {
                 (*self.trail).give_back();
             }
             give_back(self.scratch);
@@ -397,7 +396,7 @@ pub(crate) struct Walk {
     frame_pointer_place: u64,
     /// The stack pointer that the walk began with.
     stack_start: u64,
-    /// Not 0 if a trail is to be kept.
+    /// Not 0 while a trail belongs to it.
     has_trail: u64,
     /// Address of the first word in the buffer's window.
     window_start: u64,

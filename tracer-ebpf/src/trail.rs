@@ -210,7 +210,7 @@ impl Trail {
         (difference == 0 && self.version() == version).then_some(site)
     }
 
-    /// Changes before anything else does.
+    /// Changes before anything that is compared does.
     #[inline(always)]
     pub(crate) fn version(&self) -> u32 {
         read(&self.version)
@@ -224,13 +224,14 @@ impl Trail {
         if unsafe { swap_u32(&raw mut self.is_taken, 1) } != 0 {
             return false;
         }
-        let version = self.version.wrapping_add(1);
-        write(&mut self.version, version);
+        // First of all: who sees the next version then sees no trail, until it is a whole one.
         write(&mut self.segments, 0);
-        self.uses_frame_pointer = 0;
-        self.is_given_up = 0;
-        self.span_bytes = 0;
-        self.words = 0;
+        let version = self.version().wrapping_add(1);
+        write(&mut self.version, version);
+        write(&mut self.uses_frame_pointer, 0);
+        write(&mut self.is_given_up, 0);
+        write(&mut self.span_bytes, 0);
+        write(&mut self.words, 0);
         true
     }
 

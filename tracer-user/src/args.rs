@@ -3,7 +3,8 @@
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{
-    Args as ClapArgs, CommandFactory as _, Parser, Subcommand, ValueEnum, error::ErrorKind,
+    ArgGroup, Args as ClapArgs, CommandFactory as _, Parser, Subcommand, ValueEnum,
+    error::ErrorKind,
 };
 use tracer_common::event::MAX_FRAMES;
 
@@ -336,7 +337,7 @@ pub struct TraceOptions {
     /// Do not probe the allocators: only what --alloc-fn, --free-fn, --definitions and --preset name
     #[arg(long)]
     pub no_heap: bool,
-    /// Live blocks that the ledger has room for (about 112 bytes of kernel memory each, once they are there)
+    /// Live blocks that the ledger has room for (at most 112 bytes of kernel memory each, once they are there)
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_LIVE,
           value_parser = clap::value_parser!(u32).range(16..=1 << 28))]
     pub max_live: u32,
@@ -553,11 +554,16 @@ pub struct Run {
 
 /// `unfreed attach`.
 #[derive(Debug, ClapArgs)]
+#[command(group(
+    ArgGroup::new("chosen")
+        .args(["targets", "pid", "cgroup", "container", "user", "all"])
+        .required(true)
+        .multiple(true)
+))]
 pub struct Attach {
     /// Processes to trace: by PID, name (`nginx`, `php-fpm*`), path of the program (with a slash;
     /// links are followed), or path of the script that an interpreter runs (without `*`)
-    #[arg(value_name = "TARGET", value_parser = target,
-          required_unless_present_any = ["pid", "cgroup", "container", "user", "all"])]
+    #[arg(value_name = "TARGET", value_parser = target)]
     pub targets: Vec<String>,
     /// A process to trace (the same as naming it without -p)
     #[arg(short, long = "pid", value_name = "PID", value_parser = pid)]

@@ -254,7 +254,7 @@ pub enum Problem {
     PidNamespace,
     /// Capabilities are missing.
     #[error(
-        "not permitted to trace: run unfreed as root (it lacks {})",
+        "not permitted to trace: run unfreed as root, with all of root's capabilities (it lacks {})",
         .missing.join(", ")
     )]
     Privileges {
@@ -569,7 +569,7 @@ pub(crate) mod tests {
         let error = host.check().unwrap_err().to_string();
         assert_eq!(
             error,
-            "not permitted to trace: run unfreed as root (it lacks CAP_PERFMON, \
+            "not permitted to trace: run unfreed as root, with all of root's capabilities (it lacks CAP_PERFMON, \
              CAP_CHECKPOINT_RESTORE, CAP_DAC_READ_SEARCH)"
         );
         assert_eq!(host.problems().len(), 2);

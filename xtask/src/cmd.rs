@@ -73,6 +73,22 @@ pub(crate) fn run_aside(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// What came of several commands: what is said of every one that failed.
+///
+/// # Errors
+///
+/// One failed.
+pub(crate) fn all(runs: impl IntoIterator<Item = Result<()>>) -> Result<()> {
+    let failures: Vec<String> = runs
+        .into_iter()
+        .filter_map(|run| Some(format!("{:#}", run.err()?)))
+        .collect();
+    if failures.is_empty() {
+        return Ok(());
+    }
+    bail!("{}", failures.join("; "))
+}
+
 /// Runs a command silently and returns what it wrote to stdout, without the last line's end.
 ///
 /// # Errors

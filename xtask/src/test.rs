@@ -94,22 +94,20 @@ fn unit_tests(args: &Args) -> Result<()> {
 }
 
 /// Files of tests that mostly wait: they run beside each other, as do the tests in each.
-const WAITING: [&str; 5] = ["marks", "memory", "recordings", "top", "verdict"];
+const WAITING: [&str; 4] = ["marks", "memory", "recordings", "verdict"];
 
 /// Tests of each of them at a time.
 const WAITING_AT_A_TIME: usize = 3;
 
 /// Files of tests whose outcome is the same however long it takes: two tests at a time.
-const PATIENT: [&str; 10] = [
+const PATIENT: [&str; 8] = [
     "abandoned",
     "allocators",
     "bad_input",
     "options",
     "pairs",
     "run",
-    "stacks",
     "symbols",
-    "unwinding",
     "valgrind",
 ];
 
@@ -132,14 +130,7 @@ fn integration_tests(args: &Args) -> Result<()> {
         cmd::run(&mut tests.of(PATIENT, 2)),
         cmd::run(&mut tests.of(alone, 1)),
     ];
-    let failures: Vec<String> = runs
-        .into_iter()
-        .filter_map(|run| Some(format!("{:#}", run.err()?)))
-        .collect();
-    if !failures.is_empty() {
-        bail!("{}", failures.join("; "));
-    }
-    Ok(())
+    cmd::all(runs)
 }
 
 /// The files of tests in tests/tests/, by name.
@@ -193,7 +184,7 @@ impl Integration<'_> {
         command
     }
 
-    /// Runs the tests of some files all at a time.
+    /// Runs the tests of some files all at a time; shows what they say when all of a file are over.
     fn together(&self, files: &[&str]) -> Result<()> {
         let runs: Vec<Result<()>> = thread::scope(|scope| {
             let runs: Vec<_> = files
@@ -206,7 +197,7 @@ impl Integration<'_> {
                 .map(|run| run.join().unwrap_or_else(|panic| resume_unwind(panic)))
                 .collect()
         });
-        runs.into_iter().collect()
+        cmd::all(runs)
     }
 }
 

@@ -85,17 +85,18 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let Some(budget) = &report.budget else {
         return Ok(());
     };
+    let a_second = |processors: f64| format!("{:.0} ms a second", processors * 1e3);
     writeln!(
         to,
-        "Tracing took about {:.1} % of the processor time that the target took itself, {:.3} processors\n\
-         (--max-overhead: {} %, or {} processors{}).",
+        "Tracing took about {:.1} % of the processor time that the target took itself, {}.\n\
+         Allowed (--max-overhead): {} %, or where that is more {}{}.",
         budget.percent,
-        budget.processors,
+        a_second(budget.processors),
         budget.max_percent,
-        budget.spare_processors,
+        a_second(budget.spare_processors),
         match budget.light_processors {
             0.0 => String::new(),
-            light => format!(", or {light} with the target's own time"),
+            light => format!(", or {} together with the target", a_second(light)),
         }
     )?;
     /// Changes that are told one by one.
