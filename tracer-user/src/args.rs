@@ -312,8 +312,9 @@ pub struct TraceOptions {
     pub sample_bytes: Option<u64>,
     /// Keep what tracing costs below this share of the processes' own processor time: where recording every
     /// call takes more, only some are recorded, or all for some of the time, and figures are
-    /// estimates; `off` for no limit [default for attach: 5%]
-    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    /// estimates; a millisecond a second may be taken in any case; `off` for no limit [default for
+    /// attach: 5%, or 10 ms a second, or what makes 100 ms with the processes' own time]
+    #[arg(long, value_name = "PERCENT", value_parser = percent, allow_hyphen_values = true)]
     pub max_overhead: Option<f64>,
     /// Record every call, whatever it costs
     #[arg(long, conflicts_with_all = ["max_overhead", "sample_bytes"])]

@@ -46,6 +46,8 @@ pub struct Forecast {
     pub recorded_percent: f64,
     /// The default budget, in per cent.
     pub budget_percent: f64,
+    /// What that allows of this process, likewise: more, if it takes little.
+    pub allowed_percent: f64,
 }
 
 /// Counts the calls of functions in these files by a process. Nothing is recorded. None if the kernel would take
@@ -112,7 +114,7 @@ pub fn forecast(
     let own_s = costs.own_s(cpu_s, allocs + frees);
     let load = Load::new(allocs / own_s, frees / own_s);
     let (gear, recorded) =
-        governor::foresee(Budget::DEFAULT, costs, abilities, load, cpu_s / counted_s);
+        governor::foresee(Budget::DEFAULT, costs, abilities, load, own_s / counted_s);
     Ok(Some(Forecast {
         counted_s,
         allocs_per_s: allocs / counted_s,
@@ -127,5 +129,6 @@ pub fn forecast(
             Gear::Paused => 0.0,
         },
         budget_percent: Budget::DEFAULT.share * 100.0,
+        allowed_percent: Budget::DEFAULT.allowed(own_s / counted_s) * 100.0,
     }))
 }

@@ -121,6 +121,17 @@ impl Budget {
             light: 0.0,
         }
     }
+
+    /// The share that tracing may take of a target that takes that much processor time.
+    #[must_use]
+    pub fn allowed(self, cores: f64) -> f64 {
+        let Self {
+            share,
+            spare,
+            light,
+        } = self;
+        share.max(spare.max(light - cores) / cores.max(1e-9))
+    }
 }
 
 /// What can be done here.
@@ -255,14 +266,9 @@ impl Governor {
         }
     }
 
-    /// The share that tracing may take of a target that takes that much processor time.
+    /// See [`Budget::allowed`].
     fn allowed(&self, cores: f64) -> f64 {
-        let Budget {
-            share,
-            spare,
-            light,
-        } = self.budget;
-        share.max(spare.max(light - cores) / cores.max(1e-9))
+        self.budget.allowed(cores)
     }
 
     /// What was counted up to now, in a gear that traces all the time. Gives the gear to be taken.
@@ -298,10 +304,14 @@ impl Governor {
                 (now.overhead, FAR_TOO_MUCH * allowed_now)
             };
             let reason = format!(
-                "{} took {} of the processor time that the target takes itself, more than {}",
+                "{} took {} of the processor time that the target takes itself, more than {}{}",
                 self.gear,
                 Percent(seen),
-                Percent(allowed)
+                Percent(allowed),
+                match allowed > FAR_TOO_MUCH * self.budget.share {
+                    true => " (it takes so little)",
+                    false => "",
+                }
             );
             let load = if now.overhead > second.overhead {
                 now.load

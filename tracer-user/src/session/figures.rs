@@ -251,11 +251,8 @@ impl Session {
     fn sees_all_blocks(&self) -> bool {
         let filters = &self.filters;
         let has_sizes = filters.min_size_bytes.is_none() && filters.max_size_bytes.is_none();
-        let was_paused = self
-            .budget_report()
-            .as_ref()
-            .is_some_and(BudgetReport::was_paused);
-        let has_gaps = was_paused || self.windows_report().is_some();
+        let budget = self.budget_report();
+        let has_gaps = budget.as_ref().is_some_and(BudgetReport::has_gaps);
         has_sizes && !filters.no_heap && filters.object.is_none() && !has_gaps
     }
 
@@ -319,8 +316,7 @@ impl Session {
             .collect();
         let windows = self.windows_report();
         let budget = self.budget_report();
-        let was_paused = budget.as_ref().is_some_and(BudgetReport::was_paused);
-        let mode = match windows.is_some() || was_paused {
+        let mode = match budget.as_ref().is_some_and(BudgetReport::has_gaps) {
             true => "windows",
             false => "exact",
         };

@@ -126,9 +126,27 @@ pub struct BudgetReport {
 impl BudgetReport {
     /// Whether nothing was recorded for a time.
     #[must_use]
-    pub fn was_paused(&self) -> bool {
+    pub fn has_gaps(&self) -> bool {
         let mut changes = self.changes.iter();
-        changes.any(|change| change.gear == Gear::Paused)
+        changes.any(|change| matches!(change.gear, Gear::Windows | Gear::Paused))
+    }
+
+    /// What tracing may take in the long run, in processor time a second.
+    #[must_use]
+    pub fn allowed_processors(&self) -> f64 {
+        let own = self.own_processors();
+        (own * self.max_percent / 100.0)
+            .max(self.spare_processors)
+            .max(self.light_processors - own)
+    }
+
+    /// What the targets took themselves, in processor time a second; 0 if that is not known.
+    #[must_use]
+    pub fn own_processors(&self) -> f64 {
+        match self.percent {
+            0.0 => 0.0,
+            percent => self.processors * 100.0 / percent,
+        }
     }
 }
 

@@ -202,6 +202,7 @@ fn forecast(forecast: &Forecast, out: &mut dyn Write) -> io::Result<()> {
         gear,
         recorded_percent,
         budget_percent,
+        allowed_percent,
     } = forecast;
     if allocs_per_s + frees_per_s == 0.0 {
         return writeln!(
@@ -225,9 +226,13 @@ fn forecast(forecast: &Forecast, out: &mut dyn Write) -> io::Result<()> {
         Gear::Windows => format!("would record every call in {recorded_percent:.1} % of the time"),
         Gear::Paused => "would hardly record anything".to_owned(),
     };
+    let limit = match allowed_percent > budget_percent {
+        true => format!("{allowed_percent:.0} % (of so little, instead of {budget_percent} %)"),
+        false => format!("{budget_percent} %"),
+    };
     writeln!(
         out,
-        "        To take no more than {budget_percent} %, `attach` {plan} (--max-overhead, --exact)."
+        "        To take no more than {limit}, `attach` {plan} (--max-overhead, --exact)."
     )
 }
 

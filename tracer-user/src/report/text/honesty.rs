@@ -9,7 +9,7 @@ use super::{
     },
     misses_calls, recorded_sizes,
 };
-use crate::stacks::StackQuality;
+use crate::{session::BudgetReport, stacks::StackQuality};
 
 /// What the figures do not contain.
 pub(super) fn write_honesty(report: &Report, to: &mut dyn Write) -> io::Result<()> {
@@ -85,20 +85,16 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
     let Some(budget) = &report.budget else {
         return Ok(());
     };
-    let a_second = |processors: f64| format!("{:.0} ms a second", processors * 1e3);
-    writeln!(
-        to,
-        "Tracing took about {:.1} % of the processor time that the target took itself, {}.\n\
-         Allowed (--max-overhead): {} %, or where that is more {}{}.",
-        budget.percent,
-        a_second(budget.processors),
-        budget.max_percent,
-        a_second(budget.spare_processors),
-        match budget.light_processors {
-            0.0 => String::new(),
-            light => format!(", or {} together with the target", a_second(light)),
-        }
-    )?;
+    let allowed = budget.allowed_processors();
+    let limit = match budget.own_processors() * budget.max_percent / 100.0 < allowed {
+        true => format!(
+            "{}, not only\n{} % (--max-overhead), as the target takes so little",
+            milliseconds(allowed),
+            budget.max_percent
+        ),
+        false => format!("{} % (--max-overhead)", budget.max_percent),
+    };
+    writeln!(to, "Tracing took {}. It may take {limit}.", cost(budget))?;
     /// Changes that are told one by one.
     const MOST: usize = 10;
     for change in budget.changes.iter().take(MOST) {
@@ -114,6 +110,23 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         writeln!(to, "  … and {} more changes", count(more.len() as u64))?;
     }
     Ok(())
+}
+
+/// What tracing cost, as a clause.
+pub(super) fn cost(budget: &BudgetReport) -> String {
+    format!(
+        "about {:.1} % of the processor time that the target took itself: {} a second",
+        budget.percent,
+        milliseconds(budget.processors)
+    )
+}
+
+fn milliseconds(seconds: f64) -> String {
+    let ms = seconds * 1e3;
+    match ms {
+        ..9.95 => format!("{ms:.1} ms"),
+        _ => format!("{ms:.0} ms"),
+    }
 }
 
 /// What unfreed took beside that.
@@ -169,4 +182,49 @@ fn write_stack_quality(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::report;
+
+    #[test]
+    fn a_target_that_takes_little_has_more_than_its_share() {
+        let text = |percent, processors, light_processors| {
+            let report = Report {
+                budget: Some(BudgetReport {
+                    max_percent: 5.0,
+                    percent,
+                    processors,
+                    spare_processors: 0.01,
+                    light_processors,
+                    changes: Vec::new(),
+                }),
+                ..report()
+            };
+            let mut text = Vec::new();
+            write_budget(&report, &mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let busy = text(4.0, 0.04, 0.1);
+        assert!(
+            busy.contains("about 4.0 % of")
+                && busy.contains(": 40 ms a second. It may take 5 % (--max-overhead).\n"),
+            "{busy}"
+        );
+        // It takes 5 ms itself.
+        let light = text(1000.0, 0.05, 0.1);
+        assert!(
+            light.contains("It may take 95 ms, not only\n5 %"),
+            "{light}"
+        );
+        let without = text(1000.0, 0.05, 0.0);
+        assert!(
+            without.contains("It may take 10 ms, not only\n5 %"),
+            "{without}"
+        );
+        // Nothing was seen of it yet.
+        assert!(text(0.0, 0.0, 0.1).contains("about 0.0 %"));
+    }
 }

@@ -8,6 +8,7 @@ use super::{
         stack::callers,
         units::{bytes, count, counted, duration},
     },
+    honesty::cost,
     subjects, write_overview,
 };
 use crate::{sampling::Margins, terminal::harmless};
@@ -88,7 +89,7 @@ pub(in crate::report) fn write_interim(
     let running = |process: &&ProcessReport| process.is_running();
     if report.processes.iter().filter(running).count() > FEW {
         write_overview(report, &subjects(report), to)?;
-        return to.flush();
+        return end(report, to);
     }
     for process in report.processes.iter().filter(running) {
         let totals = &process.totals;
@@ -141,6 +142,14 @@ pub(in crate::report) fn write_interim(
             write_interim_family(process, family, limit, to)?;
         }
         writeln!(to)?;
+    }
+    end(report, to)
+}
+
+/// What tracing has cost so far.
+fn end(report: &Report, to: &mut dyn Write) -> io::Result<()> {
+    if let Some(budget) = &report.budget {
+        writeln!(to, "  tracing takes {}\n", cost(budget))?;
     }
     to.flush()
 }

@@ -4,7 +4,9 @@ mod honesty;
 mod interim;
 mod marks;
 mod memory;
+mod sites;
 mod verdict;
+mod windows;
 
 use std::io::{self, Write};
 
@@ -12,16 +14,16 @@ pub(super) use interim::write_interim;
 
 use self::{
     honesty::write_honesty,
-    marks::{write_generations, write_since_mark},
+    marks::write_generations,
     memory::write_memory,
-    verdict::{write_leaks, write_verdict},
+    sites::{recorded_sizes, write_families, write_sites},
+    windows::write_windows,
 };
 use super::{
-    Exit, FamilyReport, LeakRate, ProcessReport, ProgramReport, Report, SiteReport, Totals,
-    stack::{OWN, write_frames},
+    Exit, FamilyReport, ProcessReport, ProgramReport, Report, Totals,
     units::{bytes, count, counted, duration, form},
 };
-use crate::{governor::Gear, sampling::Margins, terminal::harmless};
+use crate::{sampling::Margins, terminal::harmless};
 
 /// Writes the final report with at most `limit` sites a process.
 pub(super) fn write(report: &Report, limit: usize, to: &mut dyn Write) -> io::Result<()> {
@@ -376,99 +378,6 @@ fn write_totals(totals: &Totals, peak: &str, to: &mut dyn Write) -> io::Result<(
     writeln!(to)
 }
 
-/// When calls were recorded, if not all the time.
-fn write_windows(report: &Report, to: &mut dyn Write) -> io::Result<()> {
-    let Some(windows) = report.windows.filter(|windows| windows.count > 0) else {
-        return Ok(());
-    };
-    let share = windows.intake_s / (windows.until_s - windows.since_s).max(f64::MIN_POSITIVE);
-    writeln!(
-        to,
-        "  Recorded in {} of {} from {} to {} after the start, which is {:.1} % of that time{}:\n  \
-         these figures are of blocks allocated then, and \"not freed\" includes those whose free was not seen.\n  \
-         What was leaked between the first window and the last is estimated for each site.\n",
-        counted(u64::from(windows.count), "window"),
-        duration(windows.open_s / f64::from(windows.count)),
-        duration(windows.since_s),
-        duration(windows.until_s),
-        share * 100.0,
-        otherwise(report),
-    )?;
-    if windows.blind > 0 {
-        writeln!(
-            to,
-            "  {} could not be put back into a process for a window, which does not count for it.\n",
-            counted(u64::from(windows.blind), "probe set")
-        )?;
-    }
-    Ok(())
-}
-
-/// What else the session did for more than a moment, as a clause.
-fn otherwise(report: &Report) -> String {
-    /// Until the gear is found that will do, in milliseconds.
-    const MOMENT_MS: u64 = 2000;
-    let Some(budget) = &report.budget else {
-        return String::new();
-    };
-    let first = match report.filters.sample_bytes {
-        Some(_) => Gear::Sampled,
-        None => Gear::Exact,
-    };
-    let changes = budget.changes.iter();
-    let gears = std::iter::once(first).chain(changes.clone().map(|change| change.gear));
-    let ends_ms = changes
-        .map(|change| change.at_ms)
-        .chain(std::iter::once((report.duration_s * 1e3) as u64));
-    let mut others: Vec<&str> = Vec::new();
-    let mut since_ms = 0;
-    for (gear, end_ms) in gears.zip(ends_ms) {
-        let lasted = end_ms - since_ms.min(end_ms) > MOMENT_MS;
-        if gear != Gear::Windows && lasted && !others.contains(&gear.name()) {
-            others.push(gear.name());
-        }
-        since_ms = end_ms;
-    }
-    match others.is_empty() {
-        true => String::new(),
-        false => format!(" (for the rest: {})", others.join(", ")),
-    }
-}
-
-/// What a site leaks, where that is known.
-fn write_leak(rate: &LeakRate, to: &mut dyn Write) -> io::Result<()> {
-    let per_s = |rate: f64| bytes(rate.round() as u64);
-    let (size, blocks) = (rate.bytes_per_s, rate.blocks_per_s);
-    let range = format!(
-        "{}/s ({} to {}/s), {:.1} blocks/s ({:.1} to {:.1})",
-        per_s(size.estimate),
-        per_s(size.low),
-        per_s(size.high),
-        blocks.estimate,
-        blocks.low,
-        blocks.high
-    );
-    if rate.is_certain() {
-        writeln!(
-            to,
-            "      leaks {range}, {:.2} % of its blocks",
-            rate.share.estimate * 100.0
-        )?;
-    } else if let Some(confidence) = rate.accused() {
-        let percent = (confidence * 100.0).round();
-        writeln!(
-            to,
-            "      never seen to free anything: leaks, {percent} % sure, {range}"
-        )?;
-    } else {
-        writeln!(to, "      may leak {range}")?;
-    }
-    for doubt in &rate.doubts {
-        writeln!(to, "      - {doubt}")?;
-    }
-    Ok(())
-}
-
 /// Whether calls of a process were not seen, or not recorded.
 const fn misses_calls(process: &ProcessReport) -> bool {
     process.unseen_vfork_children > 0 || process.sampled_out > 0 || process.main_thread_exited
@@ -519,159 +428,6 @@ fn write_gaps(process: &ProcessReport, to: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn write_sites(
-    report: &Report,
-    totals: &Totals,
-    sites: &[SiteReport],
-    limit: usize,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let holding: Vec<_> = sites
-        .iter()
-        .filter(|site| site.live_blocks > 0 && site.family.is_none())
-        .collect();
-    match report.filters.older_ms {
-        _ if holding.is_empty() && totals.allocs == 0 => {
-            let what = match recorded_sizes(report) {
-                Some(sizes) => format!("No block of {sizes}"),
-                None => "Nothing".to_owned(),
-            };
-            return writeln!(to, "  {what} was allocated while it was traced.\n");
-        }
-        Some(older_ms) if holding.is_empty() => {
-            return writeln!(
-                to,
-                "  No block that was not freed is {} old.\n",
-                duration(older_ms as f64 / 1e3)
-            );
-        }
-        None if holding.is_empty() => {
-            return writeln!(to, "  Everything that was allocated was freed.\n");
-        }
-        Some(older_ms) => writeln!(
-            to,
-            "Where the blocks were allocated that are at least {} old and not freed:",
-            duration(older_ms as f64 / 1e3)
-        )?,
-        None if report.windows.is_some() => writeln!(
-            to,
-            "Where blocks were allocated that were not freed; those that leak beyond doubt first, then those \
-             that may:"
-        )?,
-        None => writeln!(
-            to,
-            "Where the blocks were allocated that were not freed; leaks first, then most bytes:"
-        )?,
-    }
-    let shown = || holding.iter().take(limit);
-    if shown().any(|site| site.stack.iter().any(|frame| frame.own)) {
-        writeln!(
-            to,
-            "({OWN} marks where the program's own code begins, seen from the allocator.)"
-        )?;
-    }
-    writeln!(to)?;
-    write_leaks(&holding, to)?;
-    let digits = holding.len().min(limit).to_string().len();
-    for (rank, site) in shown().enumerate() {
-        write_site(report, (rank + 1, digits), site, true, to)?;
-    }
-    write_rest(&holding, limit, true, to)
-}
-
-/// How much the sites that are not shown hold.
-fn write_rest(
-    holding: &[&SiteReport],
-    limit: usize,
-    has_sizes: bool,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let Some(rest) = holding.get(limit..).filter(|rest| !rest.is_empty()) else {
-        return Ok(());
-    };
-    let size = match has_sizes {
-        true => format!(
-            "{} in ",
-            bytes(rest.iter().map(|site| site.live_bytes).sum())
-        ),
-        false => String::new(),
-    };
-    let blocks: u64 = rest.iter().map(|site| site.live_blocks).sum();
-    writeln!(
-        to,
-        "  … and {} more with {size}{} (all are shown with -T {}).\n",
-        counted(rest.len() as u64, "site"),
-        match has_sizes {
-            true => counted(blocks, "block"),
-            false => count(blocks),
-        },
-        holding.len()
-    )
-}
-
-/// What the user had counted beside the heap, in sections of their own.
-fn write_families(
-    report: &Report,
-    families: &[FamilyReport],
-    sites: &[SiteReport],
-    limit: usize,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let (used, unused): (Vec<_>, Vec<_>) =
-        families.iter().partition(|family| family.totals.allocs > 0);
-    for family in used {
-        write_family(report, sites, family, limit, to)?;
-    }
-    if !unused.is_empty() {
-        let names: Vec<_> = unused
-            .iter()
-            .map(|family| harmless(&family.name).to_string())
-            .collect();
-        writeln!(to, "None was taken of: {}.\n", names.join(", "))?;
-    }
-    Ok(())
-}
-
-/// What the user had counted beside the heap.
-fn write_family(
-    report: &Report,
-    sites: &[SiteReport],
-    family: &FamilyReport,
-    limit: usize,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let FamilyReport {
-        name,
-        has_sizes,
-        totals,
-    } = family;
-    let name = harmless(name);
-    let mut holding: Vec<_> = sites
-        .iter()
-        .filter(|site| site.live_blocks > 0 && site.family.as_ref() == Some(&family.name))
-        .collect();
-    if !has_sizes {
-        holding.sort_by_key(|site| std::cmp::Reverse(site.live_blocks));
-    }
-    let size = match has_sizes {
-        true => format!(" ({})", bytes(totals.live_bytes)),
-        false => String::new(),
-    };
-    writeln!(
-        to,
-        "{name}: {} taken, {} given back, {}{size} not given back{}\n",
-        count(totals.allocs),
-        count(totals.frees),
-        count(totals.live_blocks),
-        if holding.is_empty() { "." } else { ":" }
-    )?;
-    let digits = holding.len().min(limit).to_string().len();
-    for (rank, site) in holding.iter().take(limit).enumerate() {
-        write_site(report, (rank + 1, digits), site, *has_sizes, to)?;
-    }
-    write_rest(&holding, limit, *has_sizes, to)
-}
-
 /// How the process ended, as a clause.
 fn ending(process: &ProcessReport) -> String {
     match process.exit {
@@ -686,82 +442,6 @@ fn ending(process: &ProcessReport) -> String {
         }) => format!(", until signal {signal} killed it"),
         _ => String::new(),
     }
-}
-
-/// `at least 64 bytes`, if only such blocks were recorded.
-fn recorded_sizes(report: &Report) -> Option<String> {
-    match (report.filters.min_size_bytes, report.filters.max_size_bytes) {
-        (None, None) => None,
-        (Some(least), None) => Some(format!("at least {}", bytes(least))),
-        (None, Some(most)) => Some(format!("at most {}", bytes(most))),
-        (Some(least), Some(most)) => Some(format!("{} to {}", bytes(least), bytes(most))),
-    }
-}
-
-fn write_site(
-    report: &Report,
-    (rank, digits): (usize, usize),
-    site: &SiteReport,
-    has_size: bool,
-    to: &mut dyn Write,
-) -> io::Result<()> {
-    let oldest = site
-        .oldest_s
-        .map(|age| format!(", oldest {}", duration(age)))
-        .unwrap_or_default();
-    let old = report
-        .filters
-        .older_ms
-        .map(|older_ms| format!(" at least {} old", duration(older_ms as f64 / 1e3)))
-        .unwrap_or_default();
-    let margin = site
-        .margins
-        .map(|margins| format!(" ± {}", bytes(margins.live_bytes)))
-        .unwrap_or_default();
-    if has_size {
-        writeln!(
-            to,
-            "  #{rank:<digits$}  {}{margin} in {}{old}   ({} allocated, {} freed{oldest})",
-            bytes(site.live_bytes),
-            counted(site.live_blocks, "block"),
-            count(site.allocs),
-            count(site.frees),
-        )?;
-    } else {
-        writeln!(
-            to,
-            "  #{rank:<digits$}  {} not given back{old}   ({} taken, {} given back{oldest})",
-            count(site.live_blocks),
-            count(site.allocs),
-            count(site.frees),
-        )?;
-    }
-    match &site.leak_rate {
-        Some(rate) => write_leak(rate, to)?,
-        None => write_verdict(site, to)?,
-    }
-    write_since_mark(report, site, to)?;
-    write_frames(&site.stack, to)?;
-    if site.stack.is_empty() {
-        writeln!(to, "       (stacks that found no room in the site table)")?;
-    }
-    if let Some(cut) = &site.stack_cut {
-        writeln!(to, "       … ({cut})")?;
-    }
-    if site.stack_sampled {
-        writeln!(
-            to,
-            "       (outer frames are those of one such call; others may have come another way)"
-        )?;
-    }
-    if site.missed_frees > 0 {
-        writeln!(
-            to,
-            "       ! {} not seen here",
-            counted(site.missed_frees, "free")
-        )?;
-    }
-    writeln!(to)
 }
 
 #[cfg(test)]

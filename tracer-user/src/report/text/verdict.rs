@@ -54,6 +54,7 @@ pub(super) fn write_leaks(sites: &[&SiteReport], to: &mut dyn Write) -> io::Resu
 pub(super) fn write_verdict(site: &SiteReport, to: &mut dyn Write) -> io::Result<()> {
     let name = name(site.verdict);
     match site.verdict {
+        Verdict::InsufficientData if site.why.is_empty() => writeln!(to, "       {name}"),
         Verdict::InsufficientData => writeln!(to, "       {name}: {}", site.why),
         _ => writeln!(
             to,
