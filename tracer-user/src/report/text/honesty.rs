@@ -86,7 +86,8 @@ fn write_budget(report: &Report, to: &mut dyn Write) -> io::Result<()> {
         return Ok(());
     };
     let allowed = budget.allowed_processors();
-    let limit = match budget.own_processors() * budget.max_percent / 100.0 < allowed {
+    let is_by_share = allowed <= budget.own_processors() * budget.max_percent / 100.0;
+    let limit = match budget.percent > budget.max_percent && !is_by_share {
         true => format!(
             "{}, not only\n{} % (--max-overhead), as the target takes so little",
             milliseconds(allowed),
@@ -226,5 +227,7 @@ mod tests {
         );
         // Nothing was seen of it yet.
         assert!(text(0.0, 0.0, 0.1).contains("about 0.0 %"));
+        // Nobody asks for more.
+        assert!(text(4.0, 0.001, 0.1).contains("It may take 5 % (--max-overhead)."));
     }
 }
