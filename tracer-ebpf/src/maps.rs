@@ -39,11 +39,11 @@ pub(crate) fn constants() -> &'static Config {
     unsafe { &*(&raw const CONFIG).cast::<Config>() }
 }
 
-/// Volatile, as the loader writes it.
+/// Volatile, as somebody else writes it: the loader a constant, or another task's program on this processor.
 #[inline(always)]
-pub(crate) fn read<T: Copy>(constant: &T) -> T {
+pub(crate) fn read<T: Copy>(field: &T) -> T {
     // SAFETY: a reference.
-    unsafe { (&raw const *constant).read_volatile() }
+    unsafe { (&raw const *field).read_volatile() }
 }
 
 /// Constants of the session.

@@ -19,7 +19,7 @@ use tracer_common::{instance::Instance, ledger::Scope};
 
 use crate::{
     atomic::swap_u32,
-    maps::{TRAILS, WINDOW_WORDS},
+    maps::{TRAILS, WINDOW_WORDS, read},
 };
 
 /// Trails that a processor keeps, a power of two.
@@ -286,14 +286,7 @@ impl Trail {
     }
 }
 
-/// In the order of the program, before and after others.
-#[inline(always)]
-fn read<T: Copy>(field: &T) -> T {
-    // SAFETY: a reference.
-    unsafe { (&raw const *field).read_volatile() }
-}
-
-/// In the order of the program, before and after others.
+/// Volatile, see the top of this file.
 #[inline(always)]
 fn write<T: Copy>(field: &mut T, value: T) {
     // SAFETY: a reference.

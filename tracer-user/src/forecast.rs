@@ -113,13 +113,13 @@ pub fn forecast(
     let cpu_s = (cpu - cpu_before).as_secs_f64();
     let own_s = costs.own_s(cpu_s, allocs + frees);
     let load = Load::new(allocs / own_s, frees / own_s);
-    let (gear, recorded) =
-        governor::foresee(Budget::DEFAULT, costs, abilities, load, own_s / counted_s);
+    let processors = own_s / counted_s;
+    let (gear, recorded) = governor::foresee(Budget::DEFAULT, costs, abilities, load, processors);
     Ok(Some(Forecast {
         counted_s,
         allocs_per_s: allocs / counted_s,
         frees_per_s: frees / counted_s,
-        processors: own_s / counted_s,
+        processors,
         exact_percent: costs.exact(load) * 100.0,
         sampled_percent: costs.sampled(load) * 100.0,
         gear,
@@ -129,6 +129,6 @@ pub fn forecast(
             Gear::Paused => 0.0,
         },
         budget_percent: Budget::DEFAULT.share * 100.0,
-        allowed_percent: Budget::DEFAULT.allowed(own_s / counted_s) * 100.0,
+        allowed_percent: Budget::DEFAULT.allowed(processors) * 100.0,
     }))
 }

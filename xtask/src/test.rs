@@ -126,6 +126,8 @@ fn integration_tests(args: &Args) -> Result<()> {
         .map(String::as_str)
         .filter(|file| !WAITING.contains(file) && !PATIENT.contains(file));
     let runs = [
+        // What the tests share.
+        cmd::run(tests.cargo().arg("--lib")),
         tests.together(&WAITING),
         cmd::run(&mut tests.of(PATIENT, 2)),
         cmd::run(&mut tests.of(alone, 1)),
@@ -170,7 +172,7 @@ impl Integration<'_> {
         command
     }
 
-    /// Runs the tests of some files, so many at a time.
+    /// What runs the tests of some files, so many at a time.
     fn of<'a>(&self, files: impl IntoIterator<Item = &'a str>, at_a_time: usize) -> Command {
         let mut command = self.cargo();
         for file in files {

@@ -8,7 +8,7 @@ use tracer_common::{
     site::Site,
 };
 
-use super::{BudgetReport, Session};
+use super::Session;
 use crate::{
     account::{Account, Ages, Figures, SiteId},
     assembly::assemble,
@@ -251,9 +251,7 @@ impl Session {
     fn sees_all_blocks(&self) -> bool {
         let filters = &self.filters;
         let has_sizes = filters.min_size_bytes.is_none() && filters.max_size_bytes.is_none();
-        let budget = self.budget_report();
-        let has_gaps = budget.as_ref().is_some_and(BudgetReport::has_gaps);
-        has_sizes && !filters.no_heap && filters.object.is_none() && !has_gaps
+        has_sizes && !filters.no_heap && filters.object.is_none() && !self.has_gaps()
     }
 
     /// Whether calls are seen of children that borrow the memory of an instance.
@@ -316,7 +314,7 @@ impl Session {
             .collect();
         let windows = self.windows_report();
         let budget = self.budget_report();
-        let mode = match budget.as_ref().is_some_and(BudgetReport::has_gaps) {
+        let mode = match self.has_gaps() {
             true => "windows",
             false => "exact",
         };

@@ -127,8 +127,7 @@ impl BudgetReport {
     /// Whether nothing was recorded for a time.
     #[must_use]
     pub fn has_gaps(&self) -> bool {
-        let mut changes = self.changes.iter();
-        changes.any(|change| matches!(change.gear, Gear::Windows | Gear::Paused))
+        have_gaps(&self.changes)
     }
 
     /// What tracing may take in the long run, in processor time a second.
@@ -148,6 +147,12 @@ impl BudgetReport {
             percent => self.processors * 100.0 / percent,
         }
     }
+}
+
+/// Whether nothing was recorded for a time.
+fn have_gaps(changes: &[GearChange]) -> bool {
+    let mut changes = changes.iter();
+    changes.any(|change| matches!(change.gear, Gear::Windows | Gear::Paused))
 }
 
 /// A change of gear.
@@ -278,6 +283,12 @@ impl Session {
             light_processors: pace.governor.budget().light,
             changes: pace.changes.clone(),
         })
+    }
+
+    /// See [`BudgetReport::has_gaps`].
+    pub(super) fn has_gaps(&self) -> bool {
+        let pace = self.pace.as_ref();
+        pace.is_some_and(|pace| have_gaps(&pace.changes))
     }
 
     /// How long the session has gone on, or went, in seconds.
