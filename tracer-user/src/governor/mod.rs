@@ -322,7 +322,7 @@ impl Governor {
             let cores = now.all_cores.max(second.all_cores);
             return Some(self.shift_down(load, cores, reason, reading.at_ns));
         }
-        self.shift_up(second.cores, reading.at_ns)
+        self.shift_up(second.cores, second.cores, reading.at_ns)
     }
 
     /// Takes the next gear that will do.
@@ -397,13 +397,19 @@ impl Governor {
         Change { gear, reason }
     }
 
-    /// Takes a more exact gear if that would have done for long enough.
-    fn shift_up(&mut self, cores: f64, now_ns: u64) -> Option<Change> {
+    /// Takes a more exact gear if that would have done for long enough, for a target that takes that much processor
+    /// time, and took so much where its load was seen.
+    fn shift_up(&mut self, cores: f64, cores_then: f64, now_ns: u64) -> Option<Change> {
         let enough = self.allowed(cores) * RETURN_SHARE;
+        // As gears are left: what is not felt is no matter of shares.
+        let unfelt = self.budget.spare * RETURN_SHARE;
         let better = [self.best, Gear::Sampled]
             .into_iter()
             .take_while(|gear| self.gear != self.best && rank(*gear) < rank(self.gear))
-            .find(|gear| self.overhead_in(*gear, self.load) < enough);
+            .find(|gear| {
+                let overhead = self.overhead_in(*gear, self.load);
+                overhead < enough || overhead * cores_then < unfelt
+            });
         let Some(better) = better else {
             self.calm_since_ns = None;
             return None;
@@ -459,7 +465,7 @@ impl Governor {
         let own_ns = cycle.own_cpu_ns(cost_ns);
         self.account.add(cost_ns, own_ns);
         let cores = self.account.cycle(cycle.span_s(), own_ns);
-        if let Some(change) = self.shift_up(cores, gone.at_ns) {
+        if let Some(change) = self.shift_up(cores, usage.cores, gone.at_ns) {
             return Some(change);
         }
         self.choose_window(cores);

@@ -358,6 +358,24 @@ fn what_becomes_cheap_is_recorded_exactly_again() {
     assert!(target.changes.len() < 20, "{:?}", target.changes);
 }
 
+/// What it took on average is forgotten by halves, and what it takes in a window is too little to be divided by.
+#[test]
+fn what_becomes_next_to_nothing_is_recorded_exactly_at_once() {
+    let mut target = Target::new(
+        0.2,
+        ALL,
+        1.0,
+        |at_s| if at_s < 30.0 { 1e6 } else { 100_000.0 },
+    );
+    target.until(30.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    target.busy = 0.0015;
+    target.until(30.0 + CALM.as_secs_f64() + 6.0);
+    assert_eq!(target.governor.gear(), Gear::Exact, "{:?}", target.changes);
+    target.until(100.0);
+    assert_eq!(target.changes.len(), 2, "{:?}", target.changes);
+}
+
 #[test]
 fn without_windows_there_is_a_pause() {
     let none = Abilities { windows: false };
