@@ -402,16 +402,24 @@ fn slowing(samples: &[Sample]) -> Option<(f64, bool)> {
         let steps = samples
             .windows(2)
             .filter(|pair| pair[1].work > begin && pair[1].work <= end);
-        let rises: Vec<f64> = steps
-            .clone()
-            .map(|pair| pair[1].live_bytes - pair[0].live_bytes)
-            .collect();
-        let done: f64 = steps.map(|pair| pair[1].work - pair[0].work).sum();
-        let number = rises.len() as f64;
-        let mean = rises.iter().sum::<f64>() / number;
-        let squares: f64 = rises.iter().map(|rise| (rise - mean).powi(2)).sum();
-        let variance = squares * number / (number - 1.0) / (done * done);
-        (number >= 3.0 && done > 0.0).then_some((mean * number / done, variance))
+        let rise =
+            |of: fn(&Sample) -> f64| steps.clone().map(move |pair| of(&pair[1]) - of(&pair[0]));
+        let number = rise(|sample| sample.work).count() as f64;
+        let [bytes, blocks, done] = [
+            |sample: &Sample| sample.live_bytes,
+            |sample: &Sample| sample.live_blocks,
+            |sample: &Sample| sample.work,
+        ]
+        .map(|of| rise(of).sum::<f64>());
+        let mean = bytes / number;
+        let squares: f64 = rise(|sample| sample.live_bytes)
+            .map(|rise| (rise - mean).powi(2))
+            .sum();
+        // Samples between looks are evener than what happened, and blocks that stay by chance are no evener than by
+        // their number (Poisson).
+        let by_number = bytes * bytes / blocks.max(1.0);
+        let variance = (squares * number / (number - 1.0)).max(by_number) / (done * done);
+        (number >= 3.0 && done > 0.0).then_some((bytes / done, variance))
     };
     let (before, before_variance) = stayed(1.0 / 3.0, 2.0 / 3.0)?;
     let (after, after_variance) = stayed(2.0 / 3.0, 1.0)?;

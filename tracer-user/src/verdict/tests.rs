@@ -472,6 +472,20 @@ fn what_fills_ever_more_slowly_is_no_leak() {
     }
 }
 
+/// As often as its level of significance says, at most. Looks are not where samples are, and between them all is even.
+#[test]
+fn what_stays_by_chance_does_not_seem_to_slow_down() {
+    let mut random = Random(3);
+    let slowed = (0..1000).filter(|_| {
+        let blocks = births(20.0, 60.0, |_| match random.bits() % 10 {
+            0 => NEVER,
+            _ => 0.002,
+        });
+        judged(&blocks, 60.0).why.contains("less and less stays")
+    });
+    assert!(slowed.count() <= 10);
+}
+
 #[test]
 fn what_the_process_did_before_a_mark_hides_no_slowing_down() {
     let mut random = Random(5);
