@@ -134,6 +134,11 @@ impl ProbeProgram {
         matches!(self, Self::AllocCall | Self::NothingCall | Self::SkipCall)
     }
 
+    /// Whether [`Self::AllocCall`] takes its place where the kernel has sessions.
+    const fn is_replaced_by_session(self) -> bool {
+        matches!(self, Self::AllocEnter | Self::AllocExit)
+    }
+
     /// Whether it stays where it is while other probes are taken away between windows: there are few hits,
     /// and what they tell has to be complete.
     #[must_use]
@@ -246,10 +251,10 @@ impl Attacher {
         functions: Functions,
         allowed: Allowed,
     ) -> anyhow::Result<Self> {
-        let names = |session: bool| -> Vec<&str> {
+        let names = |wanted: fn(ProbeProgram) -> bool| -> Vec<&str> {
             let programs = ProbeProgram::ALL.into_iter();
             programs
-                .filter(|program| program.is_session() == session)
+                .filter(|program| wanted(*program))
                 .map(ProbeProgram::name)
                 .collect()
         };
@@ -259,25 +264,30 @@ impl Attacher {
                 maps: &super::tracer::map_descriptors(ebpf),
                 functions,
             };
-            let load = |session, attach_type| {
-                let programs = Programs::load(&source, attach_type, &names(session))?;
+            let load = |attach_type, names: &[&str]| {
+                let programs = Programs::load(&source, attach_type, names)?;
                 ensure!(programs.are_usable(), "this kernel does not have them");
                 Ok(programs)
             };
-            match load(false, AttachType::UprobeMulti) {
-                Ok(programs) => {
-                    let sessions = match allowed {
-                        Allowed::All => load(true, AttachType::UprobeSession)
-                            .inspect_err(|error| log::info!("no uprobe sessions: {error:#}"))
-                            .ok(),
-                        _ => None,
-                    };
-                    return Ok(Self::Multi { programs, sessions });
+            let sessions = match allowed {
+                Allowed::All => load(AttachType::UprobeSession, &names(ProbeProgram::is_session))
+                    .inspect_err(|error| log::info!("no uprobe sessions: {error:#}"))
+                    .ok(),
+                _ => None,
+            };
+            // To verify these is a third of all that loading takes.
+            let others = match sessions {
+                Some(_) => {
+                    names(|program| !program.is_session() && !program.is_replaced_by_session())
                 }
+                None => names(|program| !program.is_session()),
+            };
+            match load(AttachType::UprobeMulti, &others) {
+                Ok(programs) => return Ok(Self::Multi { programs, sessions }),
                 Err(error) => log::info!("no uprobe_multi links: {error:#}"),
             }
         }
-        for name in names(false) {
+        for name in names(|program| !program.is_session()) {
             uprobe(ebpf, name)?
                 .load()
                 .with_context(|| format!("failed to load program {name}"))?;
