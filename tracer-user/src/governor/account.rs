@@ -50,6 +50,14 @@ impl Account {
         (self.open_spent_ns, self.open_own_ns) = (0.0, 0.0);
     }
 
+    /// What was not spent while there was little to do is not saved for when there is much: that would be spent on a
+    /// burst.
+    pub(super) fn forgo(&mut self, allowed: f64) {
+        if self.open_spent_ns < self.open_own_ns * allowed {
+            self.forgive();
+        }
+    }
+
     pub(super) const fn spent_s(&self) -> f64 {
         self.spent_ns / 1e9
     }

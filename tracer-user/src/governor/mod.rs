@@ -45,6 +45,8 @@ const FAR_APART_S: f64 = 10.0;
 const LONGER_SHARE: f64 = 0.8;
 /// Windows further apart than that tell nothing.
 const TOO_FAR_APART_S: f64 = 60.0;
+/// Windows may be so many of their mean gaps ahead of the budget.
+const MOST_AHEAD: f64 = 1.5;
 /// How long probes are in place before and after a window, before it was measured.
 const ATTACHING_S: f64 = 0.08;
 
@@ -329,6 +331,7 @@ impl Governor {
     fn shift_down(&mut self, load: Load, cores: f64, reason: String, now_ns: u64) -> Change {
         self.load = load;
         self.account.expect(cores);
+        self.account.forgo(self.allowed(cores));
         let is_less = self.gear == Gear::Exact;
         let gear = if is_less && self.overhead_in(Gear::Sampled, load) < self.allowed(cores) * 0.9 {
             Gear::Sampled
@@ -456,15 +459,21 @@ impl Governor {
                 whole.entries - open.entries,
                 (returns - open.returns).max(0.0),
             );
-        self.window_cost_ns = Some(match self.window_cost_ns {
-            Some(before) => before * 0.6 + cost_ns * 0.4,
-            None => cost_ns,
+        let before_ns = self.window_cost_ns.unwrap_or(cost_ns);
+        // More than chance: the next ones will cost as much.
+        let is_burst = cost_ns > FAR_TOO_MUCH * before_ns;
+        self.window_cost_ns = Some(match is_burst {
+            true => cost_ns,
+            false => before_ns * 0.6 + cost_ns * 0.4,
         });
         self.attached_s = self.attached_s * 0.6 + whole.span_s() * 0.4;
         self.load = usage.load;
         let own_ns = cycle.own_cpu_ns(cost_ns);
         self.account.add(cost_ns, own_ns);
         let cores = self.account.cycle(cycle.span_s(), own_ns);
+        if is_burst {
+            self.account.forgo(self.allowed(cores));
+        }
         if let Some(change) = self.shift_up(cores, usage.cores, gone.at_ns) {
             return Some(change);
         }
@@ -508,8 +517,8 @@ impl Governor {
         let mean_s = self.mean_gap_s();
         // At its end, all of a window is paid: half of it too much there is right on average.
         let gap = self.schedule().gap(random, ahead_s - mean_s / 2.0);
-        // What a gear cost that was too much is paid back at once.
-        if ahead_s > 2.0 * mean_s {
+        // What was too much is paid back at once: a gear, or windows that came close to each other.
+        if ahead_s > MOST_AHEAD * mean_s {
             return Duration::from_secs_f64(ahead_s.min(TOO_FAR_APART_S)).max(gap);
         }
         gap

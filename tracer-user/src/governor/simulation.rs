@@ -337,6 +337,35 @@ fn a_burst_does_not_double_it_for_long() {
     assert!(overhead < 0.06, "{overhead}");
 }
 
+/// As `cargo xtask bench budget` has it: exact tracing takes five sixths of the budget, and ten times that for 5 s of
+/// every 20. Averaged over half a second, whenever unfreed is started.
+#[test]
+fn no_burst_doubles_it_for_more_than_two_seconds() {
+    const MOST_TENTHS: usize = 20;
+    for budget in [0.03, 0.1] {
+        let costs = Costs::new(&PROBE, true);
+        let calm = budget * 5.0 / 6.0 / costs.exact(Load::new(1.0, 1.0));
+        for session in 0..200_u32 {
+            let started_s = f64::from(session) / 10.0;
+            let mut target = Target::new(budget, ALL, 0.5, move |at_s| {
+                let is_burst = (at_s + started_s) % 20.0 < 5.0;
+                if is_burst { 10.0 * calm } else { calm }
+            });
+            target.random = u64::from(session) * 1_000_003;
+            target.until(40.0);
+            let twice = 2.0 * budget * 0.5 * target.busy;
+            let sums = target.spent.windows(5).map(|spent| spent.iter().sum());
+            let sums: Vec<f64> = sums.collect();
+            let longest = sums.split(|sum| *sum <= twice).map(<[f64]>::len).max();
+            assert!(
+                longest.is_some_and(|longest| longest <= MOST_TENTHS),
+                "{longest:?} tenths of a second at {budget}, begun {started_s} s after a burst: {:?}",
+                target.changes
+            );
+        }
+    }
+}
+
 #[test]
 fn what_becomes_cheap_is_recorded_exactly_again() {
     let mut target = Target::new(
