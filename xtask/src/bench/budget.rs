@@ -223,13 +223,26 @@ impl Case {
         };
         let untraced = ratios(&without);
         let twice = mean(&untraced).0 * (1.0 + 2.0 * budget / 100.0);
-        let doubled = with
+        let doubled: Vec<(usize, usize)> = with
             .iter()
-            .map(|period| longest_above(&period.by_line, twice));
+            .map(|period| longest_above(&period.by_line, twice))
+            .collect();
+        let seconds = |lines: usize| lines as f64 * LINE_S;
+        if self.bursts {
+            let periods = doubled.iter().map(|(begin, lines)| {
+                format!("{:.1} s from {:.1} s", seconds(*lines), seconds(*begin))
+            });
+            eprintln!(
+                "budget: {}, {budget} %, more than twice of it for {}",
+                self.name,
+                Vec::from_iter(periods).join(", ")
+            );
+        }
+        let longest = doubled.iter().map(|(_, lines)| *lines).max();
         Ok(Judged {
             added: added(&ratios(&with), &untraced),
             said: mean(&said).0,
-            doubled_s: doubled.max().unwrap_or(0) as f64 * LINE_S,
+            doubled_s: seconds(longest.unwrap_or(0)),
         })
     }
 }
@@ -294,10 +307,15 @@ struct Together {
     by_line: Vec<f64>,
 }
 
-/// How many of them are above a limit without one between that is not, at most.
-fn longest_above(values: &[f64], limit: f64) -> usize {
-    let runs = values.split(|value| *value <= limit);
-    runs.map(<[f64]>::len).max().unwrap_or(0)
+/// Where most of them are above a limit without one between that is not, and how many.
+fn longest_above(values: &[f64], limit: f64) -> (usize, usize) {
+    let mut begin = 0;
+    let runs = values.split(|value| *value <= limit).map(|run| {
+        let found = (begin, run.len());
+        begin += run.len() + 1;
+        found
+    });
+    runs.max_by_key(|(_, length)| *length).unwrap_or_default()
 }
 
 /// What each is more than the mean of its neighbours, in percent.
@@ -324,8 +342,9 @@ mod tests {
 
     #[test]
     fn test_a_burst_lasts_as_long_as_it_is_above() {
-        assert_eq!(longest_above(&[1.0, 3.0, 3.0, 2.0, 3.0], 2.0), 2);
-        assert_eq!(longest_above(&[], 2.0), 0);
+        assert_eq!(longest_above(&[1.0, 3.0, 3.0, 2.0, 3.0], 2.0), (1, 2));
+        assert_eq!(longest_above(&[1.0, 3.0, 2.0, 3.0, 3.0], 2.0), (3, 2));
+        assert_eq!(longest_above(&[], 2.0), (0, 0));
     }
 
     #[test]
