@@ -69,7 +69,7 @@ fn leaks_grow_and_neither_what_is_held_for_a_while_nor_tables_do() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let cases = ["leak_one_in_1000", "cache_time_to_live", "startup_tables"].map(Case::start);
     let mappings = Case::mappings();
     let [leak, cache, tables] = cases.map(Case::report);

@@ -94,7 +94,7 @@ fn unit_tests(args: &Args) -> Result<()> {
 }
 
 /// Files of tests that mostly wait: they run beside each other, as do the tests in each.
-const WAITING: [&str; 3] = ["marks", "memory", "recordings"];
+const WAITING: [&str; 4] = ["marks", "memory", "recordings", "verdict"];
 
 /// Tests of each of them at a time.
 const WAITING_AT_A_TIME: usize = 3;
