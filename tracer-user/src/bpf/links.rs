@@ -275,8 +275,8 @@ impl Attacher {
                     .ok(),
                 _ => None,
             };
-            // To verify these is a third of all that loading takes.
             let others = match sessions {
+                // To verify what they replace would be a quarter to a third of all that loading takes.
                 Some(_) => {
                     names(|program| !program.is_session() && !program.is_replaced_by_session())
                 }

@@ -489,8 +489,8 @@ mod tests {
     use super::*;
 
     /// None without being root.
-    fn loaded(limits: Limits) -> Option<Tracer> {
-        match Tracer::load(limits, Allowed::All) {
+    fn loaded(limits: Limits, links: Allowed) -> Option<Tracer> {
+        match Tracer::load(limits, links) {
             Ok(tracer) => Some(tracer),
             Err(error) if !nix::unistd::geteuid().is_root() => {
                 log::warn!("skipped: {error:#}");
@@ -502,7 +502,7 @@ mod tests {
 
     #[test]
     fn what_stripes_count_counts_for_their_site_until_it_is_gone() {
-        let Some(mut tracer) = loaded(Limits::LEAST) else {
+        let Some(mut tracer) = loaded(Limits::LEAST, Allowed::All) else {
             return;
         };
         let instance = tracer.open_instance(1, 0).unwrap();
@@ -554,17 +554,24 @@ mod tests {
     /// With as many families as there can be, what follows all of a thread's calls is a longer loop.
     #[test]
     fn programs_for_many_families_are_far_from_the_verifiers_limit() {
-        let Some(mut tracer) = loaded(Limits {
+        let limits = Limits {
             families: Family::MAX,
             max_sites: 1024,
             ..Limits::LEAST
-        }) else {
+        };
+        let (Some(mut tracer), Some(without_sessions)) = (
+            loaded(limits, Allowed::All),
+            loaded(limits, Allowed::NoSessions),
+        ) else {
             return;
         };
-        for program in tracer.programs().unwrap() {
-            let count = program.verified_instructions.unwrap_or(0);
-            assert!(count < 100_000, "{} takes {count}", program.name);
+        for tracer in [&tracer, &without_sessions] {
+            for program in tracer.programs().unwrap() {
+                let count = program.verified_instructions.unwrap_or(0);
+                assert!(count < 100_000, "{} takes {count}", program.name);
+            }
         }
+        drop(without_sessions);
         // Each has a site of its own for what finds no room.
         let instance = tracer.open_instance(1, 0).unwrap();
         let mut families: Vec<u32> = tracer

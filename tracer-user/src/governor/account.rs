@@ -5,8 +5,9 @@
 pub(super) struct Account {
     spent_ns: f64,
     own_ns: f64,
-    /// The same, of what is still to be balanced.
+    /// What is still to be balanced: what was spent, what might have been, and in how much of the target's own time.
     open_spent_ns: f64,
+    open_earned_ns: f64,
     open_own_ns: f64,
     /// Processor time a second that the target took itself in the last windows' cycles.
     cores: Option<f64>,
@@ -17,16 +18,24 @@ pub(super) struct Account {
 const BALANCED_NS: f64 = 60e9;
 
 impl Account {
-    pub(super) fn add(&mut self, spent_ns: f64, own_ns: f64) {
+    /// Takes up what was spent, of what might have been.
+    pub(super) fn add(&mut self, spent_ns: f64, earned_ns: f64, own_ns: f64) {
         self.spent_ns += spent_ns;
         self.own_ns += own_ns;
         self.open_spent_ns += spent_ns;
+        self.open_earned_ns += earned_ns;
         self.open_own_ns += own_ns;
         let over = self.open_own_ns / BALANCED_NS;
         if over > 1.0 {
             self.open_own_ns /= over;
+            self.open_earned_ns /= over;
             self.open_spent_ns /= over;
         }
+    }
+
+    /// No more than this is saved for later: it would all be spent on the next burst.
+    pub(super) const fn save_at_most(&mut self, saved_ns: f64) {
+        self.open_earned_ns = self.open_earned_ns.min(self.open_spent_ns + saved_ns);
     }
 
     /// So much is what the target will take itself, until a cycle has shown it.
@@ -46,16 +55,8 @@ impl Account {
     }
 
     /// Nothing is to be balanced.
-    pub(super) fn forgive(&mut self) {
-        (self.open_spent_ns, self.open_own_ns) = (0.0, 0.0);
-    }
-
-    /// What was not spent while there was little to do is not saved for when there is much: that would be spent on a
-    /// burst.
-    pub(super) fn forgo(&mut self, allowed: f64) {
-        if self.open_spent_ns < self.open_own_ns * allowed {
-            self.forgive();
-        }
+    pub(super) const fn forgive(&mut self) {
+        (self.open_spent_ns, self.open_earned_ns, self.open_own_ns) = (0.0, 0.0, 0.0);
     }
 
     pub(super) const fn spent_s(&self) -> f64 {
@@ -67,9 +68,9 @@ impl Account {
         self.spent_ns / (self.own_ns + more_own_ns).max(1.0)
     }
 
-    /// How long it takes until what was spent is what may be, if no more is; negative if there is something
-    /// left.
-    pub(super) fn ahead_s(&self, allowed: f64, cores: f64) -> f64 {
-        (self.open_spent_ns / allowed - self.open_own_ns) / 1e9 / cores.max(1e-3)
+    /// How long it takes until what was spent is what might have been, of so much earned a second, if no more is spent;
+    /// negative if there is something left.
+    pub(super) fn ahead_s(&self, earned_a_second: f64) -> f64 {
+        (self.open_spent_ns - self.open_earned_ns) / 1e9 / earned_a_second.max(1e-9)
     }
 }

@@ -33,6 +33,8 @@ const RETURN_SHARE: f64 = 0.5;
 /// For so long, and twice as long after every return that did not last.
 const CALM: Duration = Duration::from_secs(10);
 const MOST_CALM: Duration = Duration::from_secs(600);
+/// And at so many looks in a row: a target may have nothing to do in one window or two.
+const CALM_LOOKS: u32 = 4;
 /// The first pause, and the longest: each is twice as long as the one before.
 const PAUSE: Duration = Duration::from_secs(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
@@ -46,7 +48,9 @@ const LONGER_SHARE: f64 = 0.8;
 /// Windows further apart than that tell nothing.
 const TOO_FAR_APART_S: f64 = 60.0;
 /// Windows may be so many of their mean gaps ahead of the budget.
-const MOST_AHEAD: f64 = 1.5;
+const MOST_AHEAD: f64 = 2.0;
+/// No more is saved for later windows than so many of the last ones cost.
+const SAVED_WINDOWS: f64 = 6.0;
 /// How long probes are in place before and after a window, before it was measured.
 const ATTACHING_S: f64 = 0.08;
 
@@ -188,8 +192,9 @@ pub struct Governor {
     account: Account,
     /// The last load that was seen.
     load: Load,
-    /// Since when a more exact gear would do, and for how long it has to.
+    /// Since when a more exact gear would do, for how many looks, and for how long it has to.
     calm_since_ns: Option<u64>,
+    calm_looks: u32,
     calm: Duration,
     /// When a more exact gear was last taken again.
     returned_ns: Option<u64>,
@@ -215,6 +220,7 @@ impl Governor {
             account: Account::default(),
             load: Load::default(),
             calm_since_ns: None,
+            calm_looks: 0,
             calm: CALM,
             returned_ns: None,
             window: WINDOW,
@@ -250,7 +256,22 @@ impl Governor {
 
     /// Takes up processor time of the target in a pause, in nanoseconds.
     pub fn rested(&mut self, own_ns: u64) {
-        self.account.add(0.0, own_ns as f64);
+        let own_ns = own_ns as f64;
+        let earned_ns = own_ns * self.allowed(self.account.cores());
+        self.account.add(0.0, earned_ns, own_ns);
+    }
+
+    /// Takes up what was spent while the target took that much processor time itself, so much a second. What is
+    /// allowed in any case is for that moment, and not saved.
+    fn charge(&mut self, cost_ns: f64, own_ns: f64, cores: f64) {
+        let excused_ns = cost_ns.min(own_ns * self.allowed(cores));
+        let earned_ns = excused_ns.max(own_ns * self.budget.share);
+        self.account.add(cost_ns, earned_ns, own_ns);
+    }
+
+    /// What may be spent in a second in which the target takes that much processor time itself.
+    fn earned_a_second(&self, cores: f64) -> f64 {
+        self.allowed(cores) * cores
     }
 
     /// Processor time that tracing took so far, in seconds.
@@ -289,8 +310,11 @@ impl Governor {
             self.readings.pop_front();
         }
         let cost_ns = self.costs.of(&now, self.gear);
-        self.account.add(cost_ns, now.own_cpu_ns(cost_ns));
+        let own_ns = now.own_cpu_ns(cost_ns);
         let [now, second] = [now, second].map(|span| Usage::of(&span, &self.costs, self.gear));
+        // Nothing is saved but in windows.
+        self.account.save_at_most(0.0);
+        self.charge(cost_ns, own_ns, second.cores);
         self.load = second.load;
         let allowed = self.allowed(second.cores);
         // Who does what it has to do in bursts may be allowed more by what it does not do in between.
@@ -324,14 +348,14 @@ impl Governor {
             let cores = now.all_cores.max(second.all_cores);
             return Some(self.shift_down(load, cores, reason, reading.at_ns));
         }
-        self.shift_up(second.cores, second.cores, reading.at_ns)
+        let exact_a_second = self.overhead_in(Gear::Exact, self.load) * second.cores;
+        self.shift_up(second.cores, exact_a_second, reading.at_ns)
     }
 
     /// Takes the next gear that will do.
     fn shift_down(&mut self, load: Load, cores: f64, reason: String, now_ns: u64) -> Change {
         self.load = load;
         self.account.expect(cores);
-        self.account.forgo(self.allowed(cores));
         let is_less = self.gear == Gear::Exact;
         let gear = if is_less && self.overhead_in(Gear::Sampled, load) < self.allowed(cores) * 0.9 {
             Gear::Sampled
@@ -361,7 +385,7 @@ impl Governor {
             // While all is traced, the target does less.
             let cost_s = self.attached_s * cores * overhead / (1.0 + overhead);
             self.window_cost_ns = Some(cost_s * 1e9);
-            let cycle_s = cost_s / (self.allowed(cores) * cores).max(1e-9);
+            let cycle_s = cost_s / self.earned_a_second(cores).max(1e-9);
             if cycle_s < FAR_APART_S || part == 4 && cycle_s < TOO_FAR_APART_S {
                 return Gear::Windows;
             }
@@ -377,7 +401,7 @@ impl Governor {
         };
         let window_s = self.window.as_secs_f64();
         let attaching_s = (self.attached_s - window_s).max(0.0);
-        let earned_a_second = (self.allowed(cores) * cores).max(1e-9);
+        let earned_a_second = self.earned_a_second(cores).max(1e-9);
         for part in [1, 2, 4] {
             let window = WINDOW / part;
             let attached_s = window.as_secs_f64() + attaching_s;
@@ -396,29 +420,31 @@ impl Governor {
     fn enter(&mut self, gear: Gear, reason: String) -> Change {
         self.gear = gear;
         self.readings.clear();
-        self.calm_since_ns = None;
+        (self.calm_since_ns, self.calm_looks) = (None, 0);
         Change { gear, reason }
     }
 
     /// Takes a more exact gear if that would have done for long enough, for a target that takes that much processor
-    /// time, and took so much where its load was seen.
-    fn shift_up(&mut self, cores: f64, cores_then: f64, now_ns: u64) -> Option<Change> {
+    /// time, and of which exact tracing would have taken so much a second.
+    fn shift_up(&mut self, cores: f64, exact_a_second: f64, now_ns: u64) -> Option<Change> {
         let enough = self.allowed(cores) * RETURN_SHARE;
         // As gears are left: what is not felt is no matter of shares.
         let unfelt = self.budget.spare * RETURN_SHARE;
+        let exact = self.overhead_in(Gear::Exact, self.load);
         let better = [self.best, Gear::Sampled]
             .into_iter()
             .take_while(|gear| self.gear != self.best && rank(*gear) < rank(self.gear))
             .find(|gear| {
                 let overhead = self.overhead_in(*gear, self.load);
-                overhead < enough || overhead * cores_then < unfelt
+                overhead < enough || overhead / exact * exact_a_second < unfelt
             });
         let Some(better) = better else {
-            self.calm_since_ns = None;
+            (self.calm_since_ns, self.calm_looks) = (None, 0);
             return None;
         };
         let since_ns = *self.calm_since_ns.get_or_insert(now_ns);
-        if now_ns - since_ns < self.calm.as_nanos() as u64 {
+        self.calm_looks += 1;
+        if now_ns - since_ns < self.calm.as_nanos() as u64 || self.calm_looks < CALM_LOOKS {
             return None;
         }
         self.returned_ns = Some(now_ns);
@@ -438,7 +464,9 @@ impl Governor {
         let span = gone.since(last);
         let returns = span.entries * self.load.returns / self.load.entries.max(1.0);
         let cost_ns = self.costs.of_probes(span.entries, returns);
-        self.account.add(cost_ns, span.own_cpu_ns(cost_ns));
+        let own_ns = span.own_cpu_ns(cost_ns);
+        let cores = own_ns / 1e9 / span.span_s().max(1e-9);
+        self.charge(cost_ns, own_ns, cores);
     }
 
     /// Takes up what a window cost: what was counted since the last one's end, at its begin (before the first probe
@@ -459,22 +487,19 @@ impl Governor {
                 whole.entries - open.entries,
                 (returns - open.returns).max(0.0),
             );
-        let before_ns = self.window_cost_ns.unwrap_or(cost_ns);
-        // More than chance: the next ones will cost as much.
-        let is_burst = cost_ns > FAR_TOO_MUCH * before_ns;
-        self.window_cost_ns = Some(match is_burst {
-            true => cost_ns,
-            false => before_ns * 0.6 + cost_ns * 0.4,
-        });
+        let window_cost_ns = match self.window_cost_ns {
+            Some(before_ns) => before_ns * 0.6 + cost_ns * 0.4,
+            None => cost_ns,
+        };
+        self.window_cost_ns = Some(window_cost_ns);
         self.attached_s = self.attached_s * 0.6 + whole.span_s() * 0.4;
         self.load = usage.load;
         let own_ns = cycle.own_cpu_ns(cost_ns);
-        self.account.add(cost_ns, own_ns);
         let cores = self.account.cycle(cycle.span_s(), own_ns);
-        if is_burst {
-            self.account.forgo(self.allowed(cores));
-        }
-        if let Some(change) = self.shift_up(cores, usage.cores, gone.at_ns) {
+        self.charge(cost_ns, own_ns, cores);
+        self.account.save_at_most(SAVED_WINDOWS * window_cost_ns);
+        let exact_a_second = usage.cost_ns / 1e9 / open.span_s().max(1e-9);
+        if let Some(change) = self.shift_up(cores, exact_a_second, gone.at_ns) {
             return Some(change);
         }
         self.choose_window(cores);
@@ -497,7 +522,7 @@ impl Governor {
     /// Mean time between the end of a window and the begin of the next.
     fn mean_gap_s(&self) -> f64 {
         let cores = self.account.cores();
-        let earned_a_second = self.allowed(cores) * cores;
+        let earned_a_second = self.earned_a_second(cores);
         let cycle_s = self.window_cost_ns.unwrap_or(0.0) / 1e9 / earned_a_second.max(1e-9);
         (cycle_s - self.attached_s).max(self.window.as_secs_f64())
     }
@@ -513,7 +538,7 @@ impl Governor {
     #[must_use]
     pub fn gap(&self, random: f64) -> Duration {
         let cores = self.account.cores();
-        let ahead_s = self.account.ahead_s(self.allowed(cores), cores);
+        let ahead_s = self.account.ahead_s(self.earned_a_second(cores));
         let mean_s = self.mean_gap_s();
         // At its end, all of a window is paid: half of it too much there is right on average.
         let gap = self.schedule().gap(random, ahead_s - mean_s / 2.0);
@@ -531,7 +556,7 @@ impl Governor {
         self.pause = (pause * 2).min(LONGEST_PAUSE);
         if !self.abilities.windows {
             let cores = self.account.cores();
-            let ahead_s = self.account.ahead_s(self.allowed(cores), cores).max(0.0);
+            let ahead_s = self.account.ahead_s(self.earned_a_second(cores)).max(0.0);
             pause = pause.max(Duration::from_secs_f64(
                 ahead_s.min(LONGEST_PAUSE.as_secs_f64()),
             ));

@@ -338,15 +338,17 @@ fn a_burst_does_not_double_it_for_long() {
 }
 
 /// As `cargo xtask bench budget` has it: exact tracing takes five sixths of the budget, and ten times that for 5 s of
-/// every 20. Averaged over half a second, whenever unfreed is started.
+/// every 20. Averaged over half a second, whenever unfreed is started. And the budget is used all the same.
 #[test]
 fn no_burst_doubles_it_for_more_than_two_seconds() {
     const MOST_TENTHS: usize = 20;
+    const SESSIONS: u32 = 50;
     for budget in [0.03, 0.1] {
         let costs = Costs::new(&PROBE, true);
         let calm = budget * 5.0 / 6.0 / costs.exact(Load::new(1.0, 1.0));
-        for session in 0..200_u32 {
-            let started_s = f64::from(session) / 10.0;
+        let mut used = 0.0;
+        for session in 0..SESSIONS {
+            let started_s = f64::from(session) / 2.5;
             let mut target = Target::new(budget, ALL, 0.5, move |at_s| {
                 let is_burst = (at_s + started_s) % 20.0 < 5.0;
                 if is_burst { 10.0 * calm } else { calm }
@@ -362,8 +364,37 @@ fn no_burst_doubles_it_for_more_than_two_seconds() {
                 "{longest:?} tenths of a second at {budget}, begun {started_s} s after a burst: {:?}",
                 target.changes
             );
+            used += target.overhead_since(0.0) / budget / f64::from(SESSIONS);
         }
+        assert!((0.5..1.1).contains(&used), "{used} of {budget}");
     }
+}
+
+#[test]
+fn what_works_now_and_then_has_its_budget_too() {
+    // For a second of every five.
+    let mut target = Target::new(
+        0.05,
+        ALL,
+        1.0,
+        |at_s| if at_s % 5.0 < 1.0 { 1e6 } else { 0.0 },
+    );
+    target.until(300.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    let overhead = target.overhead_since(0.0) / 0.05;
+    assert!((0.5..1.2).contains(&overhead), "{overhead}");
+}
+
+#[test]
+fn what_was_allowed_to_who_did_nothing_is_no_debt_once_it_does() {
+    let mut target = Target::within(Budget::DEFAULT, ALL, 0.02, |_| 20e3 / 0.02);
+    target.until(600.0);
+    assert_eq!(target.changes, []);
+    target.busy = 1.0;
+    target.until(660.0);
+    assert_eq!(target.governor.gear(), Gear::Windows);
+    let spent: f64 = target.spent[6100..].iter().sum();
+    assert!((0.02..0.06).contains(&(spent / 50.0)), "{spent}");
 }
 
 #[test]

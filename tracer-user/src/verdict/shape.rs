@@ -212,7 +212,7 @@ pub(super) fn course(samples: &Samples, warmup_ns: Option<u64>) -> Course {
             steps: steps.round() as u32,
         };
     }
-    if let Some((ratio, sure)) = slowing(rest) {
+    if let Some((ratio, sure)) = slowing(rest, by_size) {
         return Course::Slowing { ratio, sure };
     }
     Course::Growing(Growing {
@@ -393,7 +393,7 @@ fn steps(samples: &[Sample]) -> f64 {
 
 /// What the last third of the process's work left behind, as a part of what the third before did, if it is
 /// certainly less; and whether it is so little that it will be over soon.
-fn slowing(samples: &[Sample]) -> Option<(f64, bool)> {
+fn slowing(samples: &[Sample], by_size: bool) -> Option<(f64, bool)> {
     let (first, last) = (samples.first()?, samples.last()?);
     let work = last.work - first.work;
     // Bytes that stayed for a block that the process allocated, and the variance of that.
@@ -404,20 +404,20 @@ fn slowing(samples: &[Sample]) -> Option<(f64, bool)> {
             .filter(|pair| pair[1].work > begin && pair[1].work <= end);
         let rise =
             |of: fn(&Sample) -> f64| steps.clone().map(move |pair| of(&pair[1]) - of(&pair[0]));
-        let number = rise(|sample| sample.work).count() as f64;
-        let [bytes, blocks, done] = [
-            |sample: &Sample| sample.live_bytes,
-            |sample: &Sample| sample.live_blocks,
-            |sample: &Sample| sample.work,
-        ]
-        .map(|of| rise(of).sum::<f64>());
+        let number = steps.clone().count() as f64;
+        let bytes: f64 = rise(|sample| sample.live_bytes).sum();
+        let blocks: f64 = rise(|sample| sample.live_blocks).sum();
+        let done: f64 = rise(|sample| sample.work).sum();
         let mean = bytes / number;
         let squares: f64 = rise(|sample| sample.live_bytes)
             .map(|rise| (rise - mean).powi(2))
             .sum();
         // Samples between looks are evener than what happened, and blocks that stay by chance are no evener than by
-        // their number (Poisson).
-        let by_number = bytes * bytes / blocks.max(1.0);
+        // their number (Poisson). Those that become larger are not of chance.
+        let by_number = match by_size || blocks <= 0.0 {
+            true => 0.0,
+            false => bytes * bytes / blocks,
+        };
         let variance = (squares * number / (number - 1.0)).max(by_number) / (done * done);
         (number >= 3.0 && done > 0.0).then_some((bytes / done, variance))
     };

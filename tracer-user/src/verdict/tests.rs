@@ -472,7 +472,8 @@ fn what_fills_ever_more_slowly_is_no_leak() {
     }
 }
 
-/// As often as its level of significance says, at most. Looks are not where samples are, and between them all is even.
+/// Hardly more often than its level of significance says, one in 200. Looks are not where samples are, and between them
+/// all is even.
 #[test]
 fn what_stays_by_chance_does_not_seem_to_slow_down() {
     let mut random = Random(3);
@@ -527,6 +528,15 @@ fn a_block_that_is_enlarged_for_ever_grows() {
         block.bytes = block.bytes.min(200_000);
     }
     assert!(!judged(&blocks, 179.9).verdict.is_leak());
+    // Nor one that is enlarged by less and less.
+    for block in &mut blocks {
+        block.bytes = (200_000.0 * (1.0 - (-block.born / 60.0).exp())) as u64 + 1;
+    }
+    let judgement = judged(&blocks, 179.9);
+    assert!(
+        judgement.why.contains("less and less stays"),
+        "{judgement:?}"
+    );
 }
 
 #[test]

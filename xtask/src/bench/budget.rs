@@ -229,8 +229,9 @@ impl Case {
             .collect();
         let seconds = |lines: usize| lines as f64 * LINE_S;
         if self.bursts {
-            let periods = doubled.iter().map(|(begin, lines)| {
-                format!("{:.1} s from {:.1} s", seconds(*lines), seconds(*begin))
+            let periods = doubled.iter().map(|(begin, lines)| match lines {
+                0 => "no time".to_owned(),
+                _ => format!("{:.1} s from {:.1} s", seconds(*lines), seconds(*begin)),
             });
             eprintln!(
                 "budget: {}, {budget} %, more than twice of it for {}",
@@ -307,7 +308,7 @@ struct Together {
     by_line: Vec<f64>,
 }
 
-/// Where most of them are above a limit without one between that is not, and how many.
+/// Begin and length of the longest run of values above a limit.
 fn longest_above(values: &[f64], limit: f64) -> (usize, usize) {
     let mut begin = 0;
     let runs = values.split(|value| *value <= limit).map(|run| {
