@@ -1,8 +1,9 @@
 // What the labelled cases have in common. Each is called as
 //
-//   CASE SECONDS SEED
+//   CASE SECONDS SEED [told]
 //
-// and works for so long at so many requests a second as it says of itself. What is allocated in a function whose name
+// and works for so long at so many requests a second as it says of itself, from when it is told so by a line, if it is
+// called like that. What is allocated in a function whose name
 // begins with `leak_` is leaked by it; nothing else is, however long it is kept. So these functions call the allocator
 // themselves, alike as they are: a helper would be the nearest frame. A case begins with
 //
@@ -49,6 +50,8 @@ static inline void begin(int argc, char **argv)
 {
     case_seconds = argc > 1 ? atof(argv[1]) : 60;
     case_random = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    if (argc > 3)
+        getchar();
     clock_gettime(CLOCK_MONOTONIC, &case_start);
     case_next = case_start;
 }

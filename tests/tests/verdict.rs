@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_secs(180);
 /// So that a program is still there when its session ends.
 const LONGER: &str = "600";
 
-/// A labelled program, traced.
+/// A labelled program, traced from before it begins.
 struct Case {
     program: Process,
     session: Session,
@@ -32,19 +32,12 @@ impl Case {
 
     fn of(source: &str, options: &[&str]) -> Self {
         let program = Fixture::new(source).flag("-lm").build();
-        let program = Process::start(Command::new(program).args([LONGER, "1"]));
+        let mut program = Process::start(Command::new(program).args([LONGER, "1", "told"]));
         let session = Unfreed::attach(&[program.pid()])
             .options(["--duration", SECONDS])
             .options(options.iter())
-            .start();
-        Self { program, session }
-    }
-
-    /// What maps memory itself, and begins when it is traced.
-    fn mappings() -> Self {
-        let case = Self::of("mappings.c", &["--mappings"]);
-        let session = case.session.tracing();
-        let mut program = case.program;
+            .start()
+            .tracing();
         program.tell("");
         Self { program, session }
     }
@@ -71,7 +64,7 @@ fn leaks_grow_and_neither_what_is_held_for_a_while_nor_tables_do() {
     }
     let _turn = machine::share();
     let cases = ["leak_one_in_1000", "cache_time_to_live", "startup_tables"].map(Case::start);
-    let mappings = Case::mappings();
+    let mappings = Case::of("mappings.c", &["--mappings"]);
     let [leak, cache, tables] = cases.map(Case::report);
     let mappings = mappings.report();
 
