@@ -66,7 +66,7 @@ fn a_held_program_goes_on_when_unfreed_is_killed() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     for _ in 0..machine::load(5) {
         let (mut unfreed, child) = hold();
         kill(unfreed.id());
@@ -82,7 +82,7 @@ fn a_program_that_is_killed_while_it_is_held_gives_137_and_a_report() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     for _ in 0..machine::load(5) {
         let (unfreed, child) = hold();
         kill(child);
@@ -99,7 +99,7 @@ fn a_parent_that_ignores_its_children_does_not_make_unfreed_wait_for_ever() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut command = Command::new(unfreed::binary());
     command.args(["run", "--", "true"]).stderr(Stdio::piped());
     // SAFETY: only sets a signal's disposition, between fork and exec.
@@ -121,7 +121,7 @@ fn a_program_with_an_allocator_of_its_own_has_libcs_probed_too() {
         return;
     }
     let program = Fixture::new("own_malloc.c").build();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let outcome = unfreed::Unfreed::run([program]).finish();
     let report = outcome.report_with_code(0);
     report.assert_nothing_missed();
@@ -141,7 +141,7 @@ fn the_programs_own_log_does_not_disturb_the_session() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let output = Command::new(unfreed::binary())
         .args(["-vv", "run", "--", "true"])
         .output()

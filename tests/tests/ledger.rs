@@ -61,7 +61,7 @@ fn ten_runs_of_random_operations_by_eight_threads_are_exact_at_every_site() {
     let ledger = ledger();
     let each = 262_144;
     for seed in 1..=RUNS {
-        let _turn = machine::take();
+        let _turn = machine::share();
         let arguments = [seed, THREADS, each].map(|number| number.to_string());
         let run = target::run(&ledger, &arguments.each_ref().map(String::as_str));
         assert_load(&run, THREADS * each);
@@ -75,7 +75,7 @@ fn random_operations_of_a_process_attached_to_are_exact_at_every_site() {
         return;
     }
     let ledger = ledger();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let each = machine::load(65_536).to_string();
     let mut target = Target::start(&ledger, &["77", "8", &each, "hold"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
@@ -91,7 +91,7 @@ fn random_operations_of_a_process_attached_to_are_exact_at_every_site() {
 /// Random operations under another allocator, put in front of the C library's.
 fn assert_exact_with_preloaded(library: &Path) {
     let ledger = ledger();
-    let _turn = machine::take();
+    let _turn = machine::share();
     let preload = format!("LD_PRELOAD={}", library.display());
     let each = machine::load(32_768).to_string();
     let run = target::run_behind(&["env", &preload], &ledger, &["5", "8", &each], |run| run);

@@ -59,7 +59,7 @@ fn exec_in_place_closes_the_instance_of_a_process_attached_to() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let (mut target, session) = traced();
     tell(&mut target, &["before", "books"]);
     target.process.ask("exec", "executed");
@@ -81,7 +81,7 @@ fn a_command_that_executes_another_is_exact_before_and_after() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let directory = tempfile::TempDir::new().expect("failed to create a directory");
     let books = directory.path().join("books.json");
     let mut session = Unfreed::run([lifecycle().as_os_str(), books.as_os_str()]).start();
@@ -113,7 +113,7 @@ fn a_forked_child_is_noted_and_not_counted_in_its_parent() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let (mut target, session) = traced();
     tell(&mut target, &["before", "fork", "after", "fork", "books"]);
     let outcome = session.stop();
@@ -136,7 +136,7 @@ fn nothing_stays_in_a_forked_child_that_lives_on() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let (mut target, session) = traced();
     let child: u32 = target.process.ask("fork-stay", "child")[0]
         .parse()
@@ -153,7 +153,7 @@ fn a_vfork_child_works_in_its_parents_instance_until_it_executes() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     // Links of the kind that tells a process by its memory.
     let (mut target, session) = traced_with(&["--perf-links"]);
     tell(&mut target, VFORKING);
@@ -170,7 +170,7 @@ fn children_whose_calls_the_kernel_hides_are_reported() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     for commands in [VFORKING, &["before", "borrow"]] {
         let (mut target, session) = traced();
         tell(&mut target, commands);
@@ -186,7 +186,7 @@ fn a_child_that_shares_its_parents_memory_works_in_its_parents_instance() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     // Links that tell a process by its memory, and probes for all processes.
     for option in ["--perf-links", "--follow"] {
         let (mut target, session) = traced_with(&[option]);
@@ -206,7 +206,7 @@ fn spawned_programs_disturb_nothing() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let (mut target, session) = traced();
     tell(
         &mut target,
@@ -220,7 +220,7 @@ fn an_instance_stays_open_when_the_main_thread_leaves() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let program = Fixture::new("main_thread_leaves.c").build();
     let mut target = Target::start(&program, &["6"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
@@ -241,7 +241,7 @@ fn a_command_whose_main_thread_leaves_is_exact() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let program = Fixture::new("main_thread_leaves.c").build();
     let directory = tempfile::TempDir::new().expect("failed to create a directory");
     let books = directory.path().join("books.json");
@@ -272,7 +272,7 @@ fn a_target_that_ends_is_reported_with_its_exit_code_and_its_symbols() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&Fixture::new("small.c").build(), &["hold", "7"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
     target.work();
@@ -292,7 +292,7 @@ fn a_target_that_is_killed_is_reported_with_its_signal_and_its_symbols() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&Fixture::new("small.c").build(), &["hold", "7"]);
     let session = Unfreed::attach(&[target.pid()]).start().tracing();
     target.work();

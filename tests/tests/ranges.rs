@@ -15,7 +15,7 @@ fn mappings_are_counted_in_pieces_and_the_allocators_own_are_not() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&Fixture::new("ranges.c").build(), &[]);
     let session = Unfreed::attach(&[target.pid()])
         .options(["--mappings"])
@@ -56,7 +56,7 @@ fn mappings_alone_can_be_counted() {
     if !skip::is_root() {
         return;
     }
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut target = Target::start(&Fixture::new("ranges.c").build(), &[]);
     let session = Unfreed::attach(&[target.pid()])
         .options(["--mappings", "--no-heap"])

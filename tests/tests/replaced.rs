@@ -28,7 +28,7 @@ fn assert_exact_and_clean_after(spoil: fn(&Path)) {
         .join(allocator.file_name().expect("a file"));
     fs::copy(&allocator, &library).expect("failed to copy the library");
 
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut command = Command::new(program);
     command.env("LD_LIBRARY_PATH", directory.path());
     let mut target = Target::start_with(command, &["hold", "4"]);
@@ -97,7 +97,7 @@ fn nothing_stays_in_a_replaced_library_when_unfreed_is_killed() {
         .path()
         .join(allocator.file_name().expect("a file"));
     fs::copy(&allocator, &library).expect("failed to copy the library");
-    let _turn = machine::take();
+    let _turn = machine::share();
     let mut command = Command::new(program);
     command.env("LD_LIBRARY_PATH", directory.path());
     let mut target = Target::start_with(command, &["hold", "4"]);

@@ -100,13 +100,19 @@ const WAITING: [&str; 4] = ["marks", "memory", "recordings", "verdict"];
 const WAITING_AT_A_TIME: usize = 3;
 
 /// Files of tests whose outcome is the same however long it takes: two tests at a time.
-const PATIENT: [&str; 8] = [
+const PATIENT: [&str; 14] = [
     "abandoned",
     "allocators",
     "bad_input",
+    "held",
+    "ledger",
+    "lifecycle",
     "options",
     "pairs",
+    "ranges",
+    "replaced",
     "run",
+    "stacks",
     "symbols",
     "valgrind",
 ];
