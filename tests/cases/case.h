@@ -2,10 +2,10 @@
 //
 //   CASE SECONDS SEED [told]
 //
-// and works for so long at so many requests a second as it says of itself, from when it is told so by a line, if it is
-// called like that. What is allocated in a function whose name
-// begins with `leak_` is leaked by it; nothing else is, however long it is kept. So these functions call the allocator
-// themselves, alike as they are: a helper would be the nearest frame. A case begins with
+// and works for so long at so many requests a second as it says of itself; with a third argument only once it is told to
+// by a line, so that it is traced from the start. What is allocated in a function whose name begins with `leak_` is leaked
+// by it; nothing else is, however long it is kept. So these functions call the allocator themselves, alike as they are: a
+// helper would be the nearest frame. A case begins with
 //
 //   // case: what it does
 #pragma once

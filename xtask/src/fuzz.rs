@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// A short run of all targets, for CI: half a minute in all. Optimizing them takes several more, and is worth it: two of
+/// A short run of all targets, for CI: a minute in all. Optimizing them takes several more, and is worth it: two of
 /// them try a sixth and an eleventh as many inputs as they are.
 ///
 /// # Errors
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 pub(crate) fn briefly() -> Result<()> {
     run(&Args {
         target: None,
-        seconds: 10,
+        seconds: 20,
     })
 }
 

@@ -420,7 +420,7 @@ fn what_becomes_cheap_is_recorded_exactly_again() {
 
 /// What it took on average is forgotten by halves, and what it takes in a window is too little to be divided by.
 #[test]
-fn what_becomes_next_to_nothing_is_recorded_exactly_at_once() {
+fn what_becomes_next_to_nothing_is_recorded_exactly_again() {
     let mut target = Target::new(
         0.2,
         ALL,
